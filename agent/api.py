@@ -1,0 +1,197 @@
+"""What a person's tool and an agent say to each other: requests, events, reports.
+
+`migrate` writes one request to the source agent and reads events until a `Finished` one. Every struct here is
+also what `--json` prints, so a field, once published, keeps its name and unit. Sizes are bytes, durations are
+milliseconds where the name ends in `_ms` and seconds where it ends in `_s`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class Outcome(enum.StrEnum):
+    """How a migration ended."""
+
+    MIGRATED = "migrated"
+    REFUSED = "refused"  # nothing was touched
+    ROLLED_BACK = "rolled-back"  # the source runs on
+    IN_DOUBT = "in-doubt"  # the link broke between READY and COMMIT
+
+
+class SshOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How hosts are reached; what is not given comes from ssh_config and its defaults."""
+
+    identity: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+    agent_command: str = "migrate-agent"
+
+
+class MoveOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be chosen for one migration."""
+
+    downtime_limit_ms: float = 50.0
+    max_rounds: int = 30
+    freeze_timeout_ms: float = 2000.0
+    bandwidth: int | None = None  # bytes per second on the link during pre-copy; None: no limit
+    compression: Literal["zstd", "none"] = "zstd"
+    compression_level: int = 1
+    addresses: tuple[str, ...] | None = None  # service addresses to take over; None: those its connections use
+    verify: bool = False
+    leave_stopped: bool = False
+    copy_files: bool = False
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of JSON on the source agent's standard input."""
+
+    operation: Literal["check", "move"]
+    pid: int
+    destination: str  # [user@]host[:port], as seen from the source
+    options: MoveOptions = MoveOptions()
+    ssh: SshOptions = SshOptions()
+    version: int = PROTOCOL_VERSION
+
+
+class Blocker(msgspec.Struct, frozen=True, kw_only=True):
+    """One reason why a process cannot be moved."""
+
+    kind: str  # stable, lower case with dashes: "unix-socket", "child-processes", "file-differs" ...
+    what: str  # the thing, by its own name: "fd 7 (socket:[4711], unix stream)"
+    why: str
+    hint: str = ""  # what to do about it
+
+
+class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that will not be exactly as it was, said before it happens."""
+
+    kind: str
+    message: str
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
+    kind: str
+    message: str
+    where: Literal["coordinator", "source", "destination", "link"]
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """One pass of pre-copy. The last entry of a report's list is the freeze's."""
+
+    number: int
+    pages_sent: int
+    pages_discarded: int
+    bytes: int  # on the link
+    seconds: float
+    dirty_rate: float  # bytes per second that the process wrote while the round before ran
+
+
+class Phase(msgspec.Struct, frozen=True, kw_only=True):
+    """One step inside the pause."""
+
+    name: str
+    ms: float
+    where: Literal["source", "destination"]
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    host: str
+    pid: int | None = None
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """How one migration went; what `migrate move --json` prints."""
+
+    outcome: Outcome
+    source: Endpoint
+    destination: Endpoint
+    pause_ms: float | None = None  # source frozen -> destination running
+    longest_stop_ms: float | None = None  # the longest stop before the freeze
+    total_s: float = 0.0
+    memory_bytes: int = 0
+    bytes_sent: int = 0
+    rounds: tuple[Round, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    address_moved: tuple[str, ...] = ()
+    verified_pages: int | None = None
+    blockers: tuple[Blocker, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    error: ErrorInfo | None = None
+
+
+class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What `migrate check` prints: the process, what would happen, and everything that stands in the way."""
+
+    source: Endpoint
+    destination: Endpoint
+    command: str
+    memory_bytes: int
+    threads: int
+    mappings: int
+    descriptors: int
+    connections: int
+    dirty_tracking: str  # "userfaultfd", "soft-dirty", "none"
+    addresses: tuple[str, ...] = ()
+    blockers: tuple[Blocker, ...] = ()
+    notices: tuple[Notice, ...] = ()
+
+
+class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `migrate ps`."""
+
+    pid: int
+    command: str
+    user: str
+    memory_bytes: int
+    threads: int
+    sockets: int
+    dirty_rate: float | None  # bytes per second; None: not measured
+    blockers: tuple[Blocker, ...]
+
+
+# Events: what the source agent writes, one JSON object a line, "event" tells which.
+
+
+class StateChanged(msgspec.Struct, frozen=True, kw_only=True, tag="state", tag_field="event"):
+    """A migration entered a state: "preparing", "pre-copy", "freezing", "ready", "committed", "live" ..."""
+
+    state: str
+    detail: str = ""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", tag_field="event"):
+    """Some ten times a second during pre-copy."""
+
+    round: int
+    pages_done: int
+    pages_total: int
+    bytes_sent: int  # since the beginning, on the link
+    rate: float  # bytes of memory per second, now
+    estimated_pause_ms: float | None
+
+
+class RoundFinished(msgspec.Struct, frozen=True, kw_only=True, tag="round", tag_field="event"):
+    round: Round
+    remaining_pages: int
+    estimated_pause_ms: float
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True, tag="log", tag_field="event"):
+    level: Literal["debug", "info", "warning", "error"]
+    message: str
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True, tag="finished", tag_field="event"):
+    report: Report
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked", tag_field="event"):
+    result: CheckResult
+
+
+Event = StateChanged | Progress | RoundFinished | Log | Finished | Checked

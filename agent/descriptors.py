@@ -1,0 +1,190 @@
+"""A process's descriptors as open file descriptions, and the registry of the kinds that can be moved.
+
+Several descriptors may be one description (dup(2)): they share offset and flags, and are rebuilt as one. Each kind is one
+module under `agent.resources` with the functions of `Kind`; what no kind recognises is refused by name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from agent.api import Blocker
+from agent.kernel import pidfd, procfs
+
+# open(2) flags that a description keeps and open(2) takes again
+REOPEN_FLAGS: Final = (
+    os.O_ACCMODE
+    | os.O_APPEND
+    | os.O_NONBLOCK
+    | os.O_SYNC
+    | os.O_DSYNC
+    | os.O_DIRECT
+    | os.O_NOATIME
+    | os.O_DIRECTORY
+    | os.O_PATH
+    | 0o100000  # O_LARGEFILE
+)
+O_CLOEXEC: Final = os.O_CLOEXEC
+
+
+class OpenFile(msgspec.Struct):
+    """One open file description of the process, as /proc shows it."""
+
+    numbers: tuple[tuple[int, bool], ...]  # descriptor, close-on-exec
+    link: str
+    flags: int  # F_GETFL's
+    position: int
+    mode: int  # st_mode
+    device: int  # st_rdev
+    inode: int
+    size: int
+    links: int
+    info: list[tuple[str, str]]
+    socket: tuple[int, int, int] | None = None  # family, type, protocol
+
+    @property
+    def fd(self) -> int:
+        return self.numbers[0][0]
+
+    @property
+    def name(self) -> str:
+        """How an error message calls it."""
+        shown = self.numbers[0][0] if len(self.numbers) == 1 else ", ".join(str(n) for n, _ in self.numbers)
+        return f"fd {shown} ({self.link})"
+
+
+class SourceProcess:
+    """What capturing a description needs to know of its process."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd.open_process(pid)
+        self._duplicates: dict[int, int] = {}
+
+    def duplicate(self, fd: int) -> int:
+        """Our duplicate of one of its descriptors; kept until `close`."""
+        if fd not in self._duplicates:
+            self._duplicates[fd] = pidfd.getfd(self.pidfd, fd)
+        return self._duplicates[fd]
+
+    def forget_duplicates(self) -> None:
+        for ours in self._duplicates.values():
+            os.close(ours)
+        self._duplicates.clear()
+
+    def close(self) -> None:
+        self.forget_duplicates()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Rebuilding:
+    """What rebuilding descriptions share: objects that several of them are ends of, by the source's inode."""
+
+    def __init__(self) -> None:
+        self.shared: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.sockets: list[tuple[int, Any]] = []  # rebuilt TCP sockets, locked, with their states
+
+    def close(self) -> None:
+        for fds in self.shared.values():
+            for fd in fds:
+                os.close(fd)
+        self.shared.clear()
+
+
+class Kind(Protocol):
+    """What a module under agent.resources offers for one kind of description."""
+
+    State: type[msgspec.Struct]
+
+    def recognise(self, file: OpenFile) -> bool: ...
+    def blockers(self, file: OpenFile, process: SourceProcess) -> list[Blocker]: ...
+    def capture(self, file: OpenFile, process: SourceProcess) -> Any: ...
+    def rebuild(self, state: Any, context: Rebuilding) -> int: ...
+
+
+class Descriptor(msgspec.Struct):
+    """One rebuilt description and where the process wants it. `state` is the kind's, encoded."""
+
+    kind: str
+    numbers: tuple[tuple[int, bool], ...]
+    flags: int
+    state: msgspec.Raw
+
+
+def _fdinfo_value(info: list[tuple[str, str]], name: str) -> str:
+    return next(value for key, value in info if key == name)
+
+
+def open_file(process: SourceProcess, fd: int, link: str) -> OpenFile:
+    pid = process.pid
+    info = procfs.fdinfo(pid, fd)
+    found = os.stat(f"/proc/{pid}/fd/{fd}")
+    flags = int(_fdinfo_value(info, "flags"), 8)
+    return OpenFile(
+        numbers=((fd, bool(flags & O_CLOEXEC)),),
+        link=link,
+        flags=flags & ~O_CLOEXEC,
+        position=int(_fdinfo_value(info, "pos")),
+        mode=found.st_mode,
+        device=found.st_rdev,
+        inode=found.st_ino,
+        size=found.st_size,
+        links=found.st_nlink,
+        info=info,
+        socket=_socket_kind(process.duplicate(fd)) if stat.S_ISSOCK(found.st_mode) else None,
+    )
+
+
+def _socket_kind(ours: int) -> tuple[int, int, int]:
+    with socket.socket(fileno=os.dup(ours)) as sock:
+        return int(sock.family), int(sock.type) & 0xF, sock.proto
+
+
+def open_files(process: SourceProcess) -> list[OpenFile]:
+    """All descriptions of a process; descriptors that are one description are together (kcmp(2))."""
+    found: list[OpenFile] = []
+    by_link: dict[str, list[OpenFile]] = {}
+    for fd, link in procfs.fds(process.pid).items():
+        try:
+            file = open_file(process, fd, link)
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # closed since the listing
+        candidates = by_link.setdefault(link, [])
+        pid = process.pid
+        same = next((c for c in candidates if c.inode == file.inode and pidfd.same_file(pid, c.fd, fd)), None)
+        if same is not None:
+            same.numbers += file.numbers
+        else:
+            candidates.append(file)
+            found.append(file)
+    return found
+
+
+def common_blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
+    """What no kind supports: locks, leases, signal-driven I/O."""
+    found: list[Blocker] = []
+    if any(name == "lock" for name, _ in file.info):
+        found.append(
+            Blocker(
+                kind="file-lock",
+                what=file.name,
+                why="it holds a lock, which other processes would find gone",
+                hint="let the program give the lock up first",
+            )
+        )
+    if file.flags & 0o20000:  # FASYNC
+        found.append(Blocker(kind="signal-driven-io", what=file.name, why="O_ASYNC is set", hint="clear O_ASYNC"))
+    if file.flags & os.O_PATH:
+        return found
+    with_owner = fcntl.fcntl(process.duplicate(file.fd), fcntl.F_GETOWN) if stat.S_ISSOCK(file.mode) else 0
+    if with_owner:
+        found.append(Blocker(kind="signal-driven-io", what=file.name, why="F_SETOWN is set", hint="clear F_SETOWN"))
+    return found

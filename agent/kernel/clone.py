@@ -1,0 +1,85 @@
+"""clone3(2) with a chosen number, unshare(2), mount(2): how a process of a given identity comes to be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import struct
+from typing import Final
+
+from agent.kernel.errors import check, libc
+
+NR_clone3: Final = 435
+CLONE_VM: Final = 0x100
+CLONE_FS: Final = 0x200
+CLONE_FILES: Final = 0x400
+CLONE_SIGHAND: Final = 0x800
+CLONE_THREAD: Final = 0x10000
+CLONE_NEWNS: Final = 0x20000
+CLONE_SYSVSEM: Final = 0x40000
+CLONE_CHILD_CLEARTID: Final = 0x200000
+CLONE_NEWPID: Final = 0x20000000
+CLONE_NEWTIME: Final = 0x80
+
+THREAD: Final = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM
+CLONE_ARGS_SIZE: Final = 88
+CLOSE_RANGE_CLOEXEC: Final = 4
+
+MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
+
+# does not give up the GIL: the child of a raw clone must not meet a lock that nobody holds any more
+_held = ctypes.PyDLL(None, use_errno=True)
+_held.syscall.restype = ctypes.c_long
+
+
+def clone_args(flags: int, set_tid: int, child_tid: int = 0, exit_signal: int = 0) -> bytes:
+    """`struct clone_args`; `set_tid` is the address of an array with one pid_t, 0 for any number."""
+    return struct.pack("<11Q", flags, 0, child_tid, 0, exit_signal, 0, 0, 0, set_tid, 1 if set_tid else 0, 0)
+
+
+def fork_as(pid: int) -> int:
+    """fork(2), but the child's number in this pid namespace is `pid`. FileExistsError if it is taken."""
+    number = ctypes.c_int(pid)
+    arguments = ctypes.create_string_buffer(
+        clone_args(0, ctypes.addressof(number), exit_signal=signal.SIGCHLD), CLONE_ARGS_SIZE
+    )
+    return check(_held.syscall(NR_clone3, arguments, CLONE_ARGS_SIZE), f"pid {pid}")
+
+
+def unshare(flags: int) -> None:
+    check(libc.unshare(flags), f"unshare {flags:#x}")
+
+
+def mount(source: str, target: str, kind: str, flags: int = 0) -> None:
+    check(libc.mount(source.encode(), target.encode(), kind.encode(), flags, None), f"mount {target}")
+
+
+def close_all_on_exec() -> None:
+    check(libc.close_range(0, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC), "close_range")
+
+
+def time_offsets() -> tuple[int, int]:
+    """(monotonic, boottime) offsets of our time namespace against the initial one, nanoseconds (time_namespaces(7))."""
+    found = {"monotonic": 0, "boottime": 0}
+    with open("/proc/self/timens_offsets") as file:
+        for line in file:
+            name, seconds, nanoseconds = line.split()
+            found[name] = int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return found["monotonic"], found["boottime"]
+
+
+def set_time_offsets(monotonic: int, boottime: int) -> None:
+    """Offsets for the time namespace our next child is born into (after `unshare(CLONE_NEWTIME)`), nanoseconds."""
+    lines = (f"{name} {ns // 1_000_000_000} {ns % 1_000_000_000}\n" for name, ns in (("monotonic", monotonic), ("boottime", boottime)))
+    with open("/proc/self/timens_offsets", "w") as file:
+        file.write("".join(lines))
+
+
+def exec_image(image: bytes, name: str) -> None:
+    """Become the program in `image`, with no arguments and an empty environment. Does not return."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.write(fd, image)
+    os.execve(fd, [name], {})

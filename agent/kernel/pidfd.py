@@ -1,0 +1,27 @@
+"""pidfd_open(2), pidfd_getfd(2), kcmp(2): a process by descriptor, duplicates of its descriptors, which are the same."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from agent.kernel.errors import check, libc
+
+NR_kcmp: Final = 312
+NR_pidfd_getfd: Final = 438
+KCMP_FILE: Final = 0
+KCMP_EPOLL_TFD: Final = 7
+
+
+def getfd(pidfd: int, fd: int) -> int:
+    """A duplicate, in our process, of descriptor `fd` of the process behind `pidfd` (close-on-exec)."""
+    return check(libc.syscall(NR_pidfd_getfd, pidfd, fd, 0), f"descriptor {fd}")
+
+
+def same_file(pid: int, first: int, second: int) -> bool:
+    """Whether two descriptors of a process are one open file description (offset and flags in common)."""
+    return check(libc.syscall(NR_kcmp, pid, pid, KCMP_FILE, first, second), f"pid {pid}, fds {first}, {second}") == 0
+
+
+def open_process(pid: int) -> int:
+    return os.pidfd_open(pid)

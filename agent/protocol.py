@@ -1,0 +1,305 @@
+"""What a source agent and a destination agent say to each other, in order.
+
+    source                                   destination
+    Offer             ------------------->   checks that it can have the process; touches nothing
+                      <-------------------   Answer (blockers, notices)
+    FileData ...      ------------------->   files that are missing, with --copy-files
+    Ping              ------------------->   a few times: how far the clocks are apart
+                      <-------------------   Pong
+    Prepare           ------------------->   the shadow is born
+                      <-------------------   Prepared
+    NewFiles, Layout, Discard, pages ... ->  pre-copy; each round ends in
+    RoundEnd          ------------------->
+                      <-------------------   RoundDone
+                          (source frozen)    the same messages once more, then
+    Rebuild           ------------------->   everything but memory
+                      <-------------------   Ready: rebuilt to the last register, still stopped
+    Verify            ------------------->   optional; any number
+                      <-------------------   Verified
+    Commit            ------------------->   the point of no return
+                      <-------------------   Live
+    Packets ...       ------------------->   what arrived for it while it was frozen
+                      <-------------------   Done
+
+At any time before Commit either end may close the link, or send Failed, and the migration is off. A version speaks with
+itself and the one before; the Offer carries it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+import msgspec
+
+from agent.api import Blocker, Notice, Phase
+from agent.descriptors import Descriptor
+from agent.layout import Mapping
+from agent.resources.files import FileRef
+from agent.resources.service_address import ServiceAddress
+from agent.resources.tcp import TcpListener
+from agent.shadow import Special
+from agent.state import ProcessState
+from transport import frames
+from transport.codec import Decoder
+from transport.frames import HEADER, Kind, LinkClosed, ProtocolError
+
+VERSION: Final = 1
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
+    version: int = VERSION
+    host: str
+    pid: int
+    tids: tuple[int, ...]
+    files: list[FileRef]  # mapped: executables and libraries
+    opened: list[FileRef]
+    copy_files: bool
+    specials: list[Special]
+    vdso_digest: bytes
+    cpu_flags: tuple[str, ...]
+    limits: tuple[tuple[int, int], ...]
+    directories: tuple[str, ...]  # cwd and opened directories
+    listeners: tuple[TcpListener, ...]
+    addresses: tuple[ServiceAddress, ...]
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
+    version: int = VERSION
+    host: str
+    blockers: tuple[Blocker, ...]
+    notices: tuple[Notice, ...]
+    missing: tuple[str, ...]  # files to be sent
+
+
+class FileData(msgspec.Struct, frozen=True, kw_only=True, tag="file-data"):
+    path: str
+    data: bytes
+    last: bool
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    pass
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    monotonic: int  # nanoseconds
+    boottime: int
+
+
+class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
+    monotonic_delta: int  # nanoseconds that the process's clocks are ahead of the destination's
+    boottime_delta: int
+    session_leader: bool
+    layout: list[Mapping]
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag="prepared"):
+    pid: int
+    new_pid_namespace: bool
+
+
+class NewFiles(msgspec.Struct, frozen=True, tag="new-files"):
+    """Files mapped since the Offer; they extend its list."""
+
+    files: list[FileRef]
+
+
+class Layout(msgspec.Struct, frozen=True, tag="layout"):
+    mappings: list[Mapping]
+
+
+class Discard(msgspec.Struct, frozen=True, tag="discard"):
+    ranges: list[tuple[int, int]]
+
+
+class Guards(msgspec.Struct, frozen=True, tag="guards"):
+    """Pages with MADV_GUARD_INSTALL on them (Linux 6.13)."""
+
+    ranges: list[tuple[int, int]]
+
+
+class RoundEnd(msgspec.Struct, frozen=True, tag="round-end"):
+    number: int
+
+
+class RoundDone(msgspec.Struct, frozen=True, tag="round-done"):
+    number: int
+
+
+class Rebuild(msgspec.Struct, frozen=True, kw_only=True, tag="rebuild"):
+    process: ProcessState
+    descriptors: list[Descriptor]
+    monotonic_at_freeze: int  # of the process, nanoseconds: its clock must not be behind this when it goes on
+    leave_stopped: bool
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    phases: tuple[Phase, ...]
+    notices: tuple[Notice, ...]
+
+
+class Verify(msgspec.Struct, frozen=True, kw_only=True, tag="verify"):
+    """Digests of pieces of the frozen source's memory: (start, end, BLAKE2b of 16 bytes).
+
+    The last message asks for the rest too: pages outside `present`, mappings, registers.
+    """
+
+    pieces: list[tuple[int, int, bytes]]
+    masked: list[tuple[int, int]]
+    last: bool
+    present: list[tuple[int, int]] = []
+
+
+class Verified(msgspec.Struct, frozen=True, kw_only=True, tag="verified"):
+    mismatches: tuple[str, ...]
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    pass
+
+
+class Live(msgspec.Struct, frozen=True, kw_only=True, tag="live"):
+    phases: tuple[Phase, ...]
+    address_moved: tuple[str, ...]
+
+
+class Packets(msgspec.Struct, frozen=True, tag="packets"):
+    packets: list[bytes]
+    last: bool
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    notices: tuple[Notice, ...]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    kind: str
+    message: str
+
+
+Message = (
+    Offer
+    | Answer
+    | FileData
+    | Ping
+    | Pong
+    | Prepare
+    | Prepared
+    | NewFiles
+    | Layout
+    | Discard
+    | Guards
+    | RoundEnd
+    | RoundDone
+    | Rebuild
+    | Ready
+    | Verify
+    | Verified
+    | Commit
+    | Live
+    | Packets
+    | Done
+    | Failed
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+M = TypeVar("M")
+
+
+class Pages(msgspec.Struct, frozen=True):
+    """A frame of pages, decoded: `data` is the content of `ranges`, one after another."""
+
+    ranges: list[tuple[int, int]]
+    data: bytes | memoryview
+
+
+class PeerFailed(Exception):
+    """The other agent gave up, and said why."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.kind = failed.kind
+
+
+class Link:
+    """The binary stream to the other agent: blocking, one thread, frames in and out.
+
+    LinkClosed when the other end is gone; ProtocolError for anything that is not the protocol.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._decoder = Decoder()
+        self.bytes_sent = 0
+
+    def send(self, message: Message) -> None:
+        self._write(frames.encode(Kind.MESSAGE, _encoder.encode(message)))
+
+    def send_pages(self, kind: Kind, ranges: Sequence[tuple[int, int]], data: bytes, raw_size: int) -> None:
+        self._write(frames.encode(kind, frames.encode_ranges(ranges) + data, raw_size))
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except TimeoutError:
+            raise LinkClosed("the link takes no more data: it is stalled") from None
+        except OSError as error:
+            raise LinkClosed(f"the link broke: {error.strerror}") from error
+        self.bytes_sent += len(data)
+
+    def receive(self) -> Message | Pages:
+        header, body = frames.read_frame(self._read)
+        if header.kind is Kind.MESSAGE:
+            return _decode(body)
+        ranges, data = frames.decode_ranges(body)
+        if sum(end - start for start, end in ranges) != header.raw_size:
+            raise ProtocolError("the ranges do not add up to the pages")
+        return Pages(ranges, self._decoder.decode(header.kind, data, header.raw_size))
+
+    def expect(self, kind: type[M], deadline: float | None = None) -> M:
+        """The next message, which must be a `kind`; PeerFailed if the other end gave up instead.
+
+        TimeoutError if it is not there by `deadline` (time.monotonic()).
+        """
+        if deadline is not None and not self.readable(max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"no {kind.__name__} from the other agent in time")
+        message = self.receive()
+        if isinstance(message, Failed):
+            raise PeerFailed(message)
+        if not isinstance(message, kind):
+            raise ProtocolError(f"{type(message).__name__} where {kind.__name__} was due")
+        return message
+
+    def readable(self, timeout: float = 0.0) -> bool:
+        return bool(select.select([self._socket], [], [], timeout)[0])
+
+    def set_timeout(self, seconds: float | None) -> None:
+        self._socket.settimeout(seconds)
+
+    def _read(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        while view:
+            try:
+                count = self._socket.recv_into(view)
+            except OSError as error:
+                raise LinkClosed(f"the link broke: {error}") from error
+            if not count:
+                raise LinkClosed("the other agent closed the link")
+            view = view[count:]
+        return buffer  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _decode(body: memoryview) -> Message:
+    try:
+        return _decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"a message that is not understood: {error}") from error

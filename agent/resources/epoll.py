@@ -1,0 +1,91 @@
+"""epoll(7): what it watches, with events and data. Entries are made by the process itself once its descriptors stand.
+
+An entry is bound to an open file description under a descriptor number. One whose number was closed while the
+description lives on cannot be registered again, and is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from typing import Final
+
+import msgspec
+
+from agent.api import Blocker
+from agent.descriptors import OpenFile, Rebuilding, SourceProcess
+from agent.kernel.arch import x86_64 as arch
+from agent.kernel.errors import libc
+from agent.kernel.pidfd import KCMP_EPOLL_TFD, NR_kcmp
+from agent.tracee import Batch
+
+NAME: Final = "epoll"
+EPOLL_CTL_ADD: Final = 1
+_ENTRY: Final = re.compile(r"(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    fd: int
+    events: int
+    data: int
+
+
+class State(msgspec.Struct, frozen=True):
+    entries: tuple[Entry, ...]
+
+
+def recognise(file: OpenFile) -> bool:
+    return file.link == "anon_inode:[eventpoll]"
+
+
+def _entries(info: list[tuple[str, str]]) -> list[Entry]:
+    found = []
+    for name, value in info:
+        match = _ENTRY.match(value) if name == "tfd" else None
+        if match:
+            found.append(Entry(int(match[1]), int(match[2], 16), int(match[3], 16)))
+    return found
+
+
+def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
+    return [
+        Blocker(
+            kind="epoll-stale-entry",
+            what=file.name,
+            why=f"it watches a file under descriptor {entry.fd}, which was closed or is another file now",
+            hint="remove the entry before closing the descriptor",
+        )
+        for entry in _entries(file.info)
+        if not _still_there(process.pid, file.fd, entry)
+    ]
+
+
+def _still_there(pid: int, epoll: int, entry: Entry) -> bool:
+    slot = struct.pack("<III", epoll, entry.fd, 0)
+    result = libc.syscall(NR_kcmp, pid, pid, KCMP_EPOLL_TFD, entry.fd, slot)
+    return int(result) == 0
+
+
+def capture(file: OpenFile, process: SourceProcess) -> State:
+    return State(tuple(_entries(file.info)))
+
+
+def stale(files: list[OpenFile], pid: int) -> list[str]:
+    """Cheap check for the freeze: entries whose descriptor number is not open at all."""
+    numbers = {n for f in files for n, _ in f.numbers}
+    return [f.name for f in files if recognise(f) for e in _entries(f.info) if e.fd not in numbers]
+
+
+def rebuild(state: State, context: Rebuilding) -> int:
+    import select
+
+    return os.dup(select.epoll().fileno())
+
+
+def add_entries(batch: Batch, fd: int, state: State) -> None:
+    """In the process, when all descriptors are in place: epoll_ctl(2) with `struct epoll_event` (packed)."""
+    for entry in state.entries:
+        event = batch.put(struct.pack("<IQ", entry.events, entry.data))
+        batch.call(f"epoll_ctl {entry.fd}", arch.NR_epoll_ctl, fd, EPOLL_CTL_ADD, entry.fd, event)
+

@@ -1,0 +1,143 @@
+"""Files that both hosts must have: executables, libraries, mapped and opened regular files.
+
+A file is the same on the other host if its path, size and content hash are the same there; the build id only makes the
+message better. Nothing is ever overwritten: a file that is missing may be copied (`--copy-files`), one that differs is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from agent.api import Blocker
+
+_CHUNK: Final = 1 << 20
+
+
+class FileRef(msgspec.Struct, frozen=True):
+    """A regular file by what is in it. `digest` is empty where only existence and size matter."""
+
+    path: str
+    size: int
+    mode: int
+    digest: bytes = b""  # SHA-256
+    build_id: str = ""
+
+
+def digest(fd: int) -> bytes:
+    """SHA-256 of a whole file, through an open descriptor; its offset is not used."""
+    result = hashlib.sha256()
+    position = 0
+    while data := os.pread(fd, _CHUNK, position):
+        result.update(data)
+        position += len(data)
+    return result.digest()
+
+
+def build_id(path: str) -> str:
+    """The GNU build id of an ELF file, "" if there is none."""
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
+    try:
+        with open(path, "rb") as file:
+            section = ELFFile(file).get_section_by_name(".note.gnu.build-id")
+            return next((n["n_desc"] for n in section.iter_notes()), "") if section else ""
+    except (ELFError, OSError):
+        return ""
+
+
+def describe(path: str, through: str) -> FileRef:
+    """The file `path`, read through `through` (a /proc link that leads to the very inode)."""
+    fd = os.open(through, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        return FileRef(path, info.st_size, stat.S_IMODE(info.st_mode), digest(fd))
+    finally:
+        os.close(fd)
+
+
+def compare(file: FileRef, copy_files: bool) -> Blocker | None:
+    """What stands in the way of using our own `file.path`; None if nothing."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None if copy_files else _missing(file)
+    except OSError as error:
+        return _differs(file, f"it cannot be opened there: {error.strerror}")
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            return _differs(file, "it is no regular file there")
+        if info.st_size != file.size:
+            return _differs(file, f"{file.size} bytes here, {info.st_size} there")
+        if file.digest and digest(fd) != file.digest:
+            return _differs(file, _content(file))
+        return None
+    finally:
+        os.close(fd)
+
+
+def _content(file: FileRef) -> str:
+    theirs = build_id(file.path)
+    if file.build_id and theirs:
+        return f"build id {file.build_id} here, {theirs} there"
+    return "same size, other content"
+
+
+def _missing(file: FileRef) -> Blocker:
+    return Blocker(
+        kind="file-missing",
+        what=file.path,
+        why="the process uses it and the destination does not have it",
+        hint="install the same package there, share the file system, or use --copy-files",
+    )
+
+
+def _differs(file: FileRef, how: str) -> Blocker:
+    return Blocker(
+        kind="file-differs",
+        what=file.path,
+        why=how,
+        hint="install the same version on both hosts",
+    )
+
+
+def missing(files: list[FileRef]) -> list[str]:
+    return [f.path for f in files if not os.path.lexists(f.path)]
+
+
+def read_chunks(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(_CHUNK):
+            yield data
+
+
+class IncomingFile:
+    """A missing file on its way in: written beside its place, checked, and only then given its name."""
+
+    def __init__(self, file: FileRef) -> None:
+        self.file = file
+        target = Path(file.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+
+    def write(self, data: bytes) -> None:
+        os.write(self._fd, data)
+
+    def finish(self) -> None:
+        """Give it its name; OSError if the content is not what was announced or the name is taken by now."""
+        try:
+            if self.file.digest and digest(self._fd) != self.file.digest:
+                raise OSError(5, "the copied content does not match", self.file.path)
+            os.fchmod(self._fd, self.file.mode)
+            os.link(f"/proc/self/fd/{self._fd}", self.file.path, follow_symlinks=True)
+        finally:
+            os.close(self._fd)

@@ -1,0 +1,140 @@
+"""Mappings: from /proc/PID/maps and smaps to a `Layout`, with what cannot be moved refused by name.
+
+The VmFlags of smaps (proc(5)) need a page table walk, so the freeze reads the cheap maps only and takes flags from the
+last reading: a mapping whose extent did not change since keeps the flags it had then.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Final
+
+from agent.api import Blocker
+from agent.kernel import procfs
+from agent.kernel.procfs import MapsLine
+from agent.layout import Flag, Mapping
+from agent.resources.files import FileRef, build_id, describe
+from agent.shadow import Special
+
+_VMFLAGS: Final = {
+    "gd": Flag.GROWSDOWN,
+    "nr": Flag.NORESERVE,
+    "lo": Flag.LOCKED,
+    "lf": Flag.LOCKONFAULT,
+    "hg": Flag.HUGEPAGE,
+    "nh": Flag.NOHUGEPAGE,
+    "dc": Flag.DONTFORK,
+    "dd": Flag.DONTDUMP,
+    "wf": Flag.WIPEONFORK,
+    "mg": Flag.MERGEABLE,
+    "sr": Flag.SEQUENTIAL,
+    "rr": Flag.RANDOM,
+}
+# VmFlags that need nothing: rights, kinds of bookkeeping, our own userfaultfd, "may" bits
+_HARMLESS: Final = frozenset("rd wr ex sh mr mw me ms ac uw um ui sd mt de".split())
+_REFUSED: Final = {
+    "ht": ("hugetlb", "hugetlbfs pages"),
+    "io": ("device-memory", "memory-mapped device registers"),
+    "pf": ("device-memory", "pages of a device"),
+    "mm": ("device-memory", "a mix of pages and device frames"),
+    "sl": ("sealed-mapping", "sealed by mseal(2)"),
+    "ss": ("shadow-stack", "a shadow stack"),
+    "dp": ("droppable-memory", "MAP_DROPPABLE memory"),
+}
+_SPECIALS: Final = ("[vvar]", "[vvar_vclock]", "[vdso]")
+_DELETED: Final = " (deleted)"
+
+
+class FileTable:
+    """The files a migration refers to by number. A path is described (hashed) once."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.refs: list[FileRef] = []
+        self._numbers: dict[tuple[str, tuple[int, int], int], int] = {}
+
+    def number(self, line: MapsLine) -> int:
+        key = (line.name, line.device, line.inode)
+        if key not in self._numbers:
+            through = f"/proc/{self._pid}/map_files/{line.start:x}-{line.end:x}"
+            self._append(key, describe(line.name, through))
+        return self._numbers[key]
+
+    def number_of_path(self, path: str, through: str) -> int:
+        info = os.stat(through)
+        key = (path, (os.major(info.st_dev), os.minor(info.st_dev)), info.st_ino)
+        if key not in self._numbers:
+            self._append(key, describe(path, through))
+        return self._numbers[key]
+
+    def _append(self, key: tuple[str, tuple[int, int], int], ref: FileRef) -> None:
+        self._numbers[key] = len(self.refs)
+        self.refs.append(ref)
+
+    def with_build_ids(self) -> list[FileRef]:
+        """For better messages at the other end."""
+        return [FileRef(r.path, r.size, r.mode, r.digest, build_id(r.path)) for r in self.refs]
+
+
+def specials(lines: Sequence[MapsLine]) -> list[Special]:
+    return [Special(m.name, m.start, m.end) for m in lines if m.name in _SPECIALS]
+
+
+def _ordinary(lines: Sequence[MapsLine], ours: tuple[int, int]) -> list[MapsLine]:
+    """Without vDSO, vsyscall and our own scratch."""
+    return [m for m in lines if m.name not in (*_SPECIALS, "[vsyscall]") and not ours[0] <= m.start < ours[1]]
+
+
+def layout(
+    lines: Sequence[MapsLine], files: FileTable, known: dict[int, MapsLine], scratch: tuple[int, int] = (0, 0)
+) -> list[Mapping]:
+    """The layout of the lines; flags from the line itself or, where it has none, from `known` (by start address)."""
+    return [_mapping(line, files, _flags(line, known)) for line in _ordinary(lines, scratch)]
+
+
+def _flags(line: MapsLine, known: dict[int, MapsLine]) -> frozenset[str]:
+    if line.vmflags:
+        return line.vmflags
+    before = known.get(line.start) or next((k for k in known.values() if k.start <= line.start < k.end), None)
+    return before.vmflags if before is not None else frozenset()
+
+
+def _mapping(line: MapsLine, files: FileTable, vmflags: frozenset[str]) -> Mapping:
+    flags = Flag.SHARED if line.shared else Flag(0)
+    for name in vmflags & _VMFLAGS.keys():
+        flags |= _VMFLAGS[name]
+    if line.name == "[stack]":
+        flags |= Flag.GROWSDOWN
+    number = files.number(line) if line.inode else -1
+    return Mapping(line.start, line.end, line.protection, int(flags), number, line.offset if line.inode else 0)
+
+
+def blockers(lines: Sequence[MapsLine], scratch: tuple[int, int] = (0, 0)) -> list[Blocker]:
+    """Why mappings cannot be moved; the lines are smaps'."""
+    return [b for line in _ordinary(lines, scratch) for b in _line_blockers(line)]
+
+
+def _line_blockers(line: MapsLine) -> list[Blocker]:
+    what = f"mapping {line.start:#x}-{line.end:#x} {line.name}".rstrip()
+    found = [
+        Blocker(kind=kind, what=what, why=f"it is {text}", hint="")
+        for flag, (kind, text) in _REFUSED.items()
+        if flag in line.vmflags
+    ]
+    if unknown := line.vmflags - _HARMLESS - _VMFLAGS.keys() - _REFUSED.keys():
+        why = f"it has flags that are not known here: {' '.join(sorted(unknown))}"
+        found.append(Blocker(kind="unknown-mapping", what=what, why=why, hint=""))
+    if line.shared and (not line.inode or "mw" in line.vmflags):
+        why = "shared memory: other processes may see it"
+        found.append(Blocker(kind="shared-memory", what=what, why=why, hint="use private memory"))
+    elif line.name.startswith("/memfd:") or line.name.startswith("/SYSV"):
+        found.append(Blocker(kind="shared-memory", what=what, why="a memory file", hint="use private memory"))
+    elif line.inode and line.name.endswith(_DELETED):
+        why = "the file it maps was deleted or replaced, so the destination cannot have it"
+        hint = "restart the program after an upgrade of its files"
+        found.append(Blocker(kind="deleted-mapping", what=what, why=why, hint=hint))
+    elif line.name.startswith("anon_inode:") or line.name.startswith("/dev/") or line.name == "/[aio]":
+        kind = "aio" if "aio" in line.name else "device-memory"
+        found.append(Blocker(kind=kind, what=what, why="memory that belongs to a kernel object", hint=""))
+    return found

@@ -1,0 +1,142 @@
+"""Pipes and FIFOs whose ends are all inside the process, with what is in them: pipe(7), fifo(7), tee(2)."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import stat
+from typing import Final
+
+import msgspec
+
+from agent.api import Blocker
+from agent.descriptors import OpenFile, Rebuilding, SourceProcess
+from agent.kernel import procfs
+from agent.kernel.errors import check, libc
+
+NAME: Final = "pipe"
+_SPLICE_F_NONBLOCK: Final = 2
+_FLAGS: Final = os.O_ACCMODE | os.O_NONBLOCK | os.O_DIRECT
+
+
+class State(msgspec.Struct, frozen=True):
+    inode: int  # on the source: the ends of one pipe have it in common
+    path: str  # of a FIFO; "" for a pipe
+    flags: int
+    capacity: int
+    content: bytes
+
+
+def recognise(file: OpenFile) -> bool:
+    return stat.S_ISFIFO(file.mode)
+
+
+def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
+    found: list[Blocker] = []
+    others = _other_holders(file, process.pid)
+    if others:
+        found.append(
+            Blocker(
+                kind="external-pipe",
+                what=file.name,
+                why=f"its other end is held by {others}, which stays",
+                hint="redirect it to a file, or start the program detached",
+            )
+        )
+    if file.flags & os.O_DIRECT:
+        found.append(Blocker(kind="packet-pipe", what=file.name, why="a pipe in packet mode (O_DIRECT)", hint=""))
+    return found
+
+
+def _other_holders(file: OpenFile, pid: int) -> str:
+    """Who else has the pipe open: "pid 12 (bash)"."""
+    ours = os.stat(f"/proc/{pid}/fd/{file.fd}")
+    for other in procfs.processes():
+        if other == pid or other == os.getpid():
+            continue
+        try:
+            links = procfs.fds(other)
+        except (ProcessLookupError, PermissionError):
+            continue
+        for fd, link in links.items():
+            if link == file.link and _same_inode(f"/proc/{other}/fd/{fd}", ours):
+                return f"pid {other} ({_comm(other)})"
+    return ""
+
+
+def _same_inode(path: str, ours: os.stat_result) -> bool:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _comm(pid: int) -> str:
+    try:
+        return procfs.stat(pid).comm
+    except ProcessLookupError:
+        return "?"
+
+
+def capture(file: OpenFile, process: SourceProcess) -> State:
+    fd = process.duplicate(file.fd)
+    readable = file.flags & os.O_ACCMODE != os.O_WRONLY
+    path = "" if file.link.startswith("pipe:[") else file.link
+    capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    return State(file.inode, path, file.flags & _FLAGS, capacity, _peek(fd, capacity) if readable else b"")
+
+
+def _peek(fd: int, capacity: int) -> bytes:
+    """What is in a pipe, without taking it out: tee(2) into a pipe of ours of the same capacity."""
+    reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, capacity)
+        count = libc.tee(fd, writing, ctypes.c_size_t(capacity), _SPLICE_F_NONBLOCK)
+        if count < 0 and ctypes.get_errno() == 11:  # EAGAIN: empty
+            return b""
+        check(count, f"pipe {fd}")
+        parts = b""
+        while len(parts) < count:
+            parts += os.read(reading, count - len(parts))
+        return parts
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def rebuild(state: State, context: Rebuilding) -> int:
+    """One end; the pipe itself is made by the first of its ends that comes by, and filled by a readable one."""
+    key = ("pipe", state.inode)
+    if key not in context.shared:
+        context.shared[key] = _create(state)
+    ends = context.shared[key]
+    if state.content:
+        _fill(ends[1], state.content)
+    mode = state.flags & os.O_ACCMODE
+    end = ends[0] if mode == os.O_RDONLY else ends[1]
+    path = state.path or f"/proc/self/fd/{end}"
+    # non-blocking while opening: an end must not wait for the other one
+    fd = os.open(path, state.flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    fcntl.fcntl(fd, fcntl.F_SETFL, state.flags & ~os.O_ACCMODE)
+    return fd
+
+
+def _create(state: State) -> tuple[int, int]:
+    if state.path:
+        reading = os.open(state.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        writing = os.open(state.path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    else:
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, state.capacity)
+    return reading, writing
+
+
+def _fill(fd: int, content: bytes) -> None:
+    """The agent's own end is not blocking on a full pipe: the content fits, it was in one of this capacity."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,106 @@
+"""Regular files and directories, by path: open(2), lseek(2). Open-and-deleted files come with their content."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Final
+
+import msgspec
+
+from agent.api import Blocker
+from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, SourceProcess
+from agent.resources.files import FileRef, describe
+
+NAME: Final = "regular-file"
+MAX_DELETED: Final = 64 * 1024 * 1024
+_DELETED: Final = " (deleted)"
+
+
+class State(msgspec.Struct, frozen=True):
+    path: str
+    flags: int
+    position: int
+    size: int
+    inode: int
+    mode: int = 0o600
+    content: bytes | None = None  # of a file that has no name any more
+
+
+def recognise(file: OpenFile) -> bool:
+    return (stat.S_ISREG(file.mode) or stat.S_ISDIR(file.mode)) and not file.link.startswith("/memfd:")
+
+
+def _deleted(file: OpenFile) -> bool:
+    return file.links == 0 and file.link.endswith(_DELETED)
+
+
+def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
+    if _deleted(file):
+        if stat.S_ISDIR(file.mode):
+            return [_refusal("deleted-directory", file, "the directory was removed", "close it")]
+        if file.size > MAX_DELETED:
+            why = f"a deleted file of {file.size} bytes has no path to find it by"
+            return [_refusal("deleted-file", file, why, "close it, or make it smaller than 64 MiB")]
+        return []
+    if not _path_leads_here(file, process):
+        why = "its path does not lead to it any more (renamed, replaced, or under another mount)"
+        return [_refusal("file-moved", file, why, "reopen it")]
+    return []
+
+
+def _refusal(kind: str, file: OpenFile, why: str, hint: str) -> Blocker:
+    return Blocker(kind=kind, what=file.name, why=why, hint=hint)
+
+
+def _path_leads_here(file: OpenFile, process: SourceProcess) -> bool:
+    try:
+        there = os.stat(f"/proc/{process.pid}/root{file.link}")
+        here = os.stat(f"/proc/{process.pid}/fd/{file.fd}")
+    except OSError:
+        return False
+    return (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev)
+
+
+def reference(file: OpenFile, process: SourceProcess) -> FileRef | None:
+    """What the destination must have for it; None for a directory or a deleted file. Size and content are compared."""
+    if _deleted(file) or not stat.S_ISREG(file.mode):
+        return None
+    return describe(file.link, f"/proc/{process.pid}/fd/{file.fd}")
+
+
+def capture(file: OpenFile, process: SourceProcess) -> State:
+    deleted = _deleted(file)
+    content = None
+    if deleted:
+        with open(f"/proc/{process.pid}/fd/{file.fd}", "rb") as source:
+            content = source.read()
+    path = file.link.removesuffix(_DELETED) if deleted else file.link
+    return State(
+        path, file.flags & REOPEN_FLAGS, file.position, file.size, file.inode, stat.S_IMODE(file.mode), content
+    )
+
+
+def rebuild(state: State, context: Rebuilding) -> int:
+    fd = _recreate(state) if state.content is not None else os.open(state.path, state.flags | os.O_CLOEXEC)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_size != state.size:
+        os.close(fd)
+        raise OSError(5, f"{state.size} bytes on the source, {found.st_size} here", state.path)
+    if not state.flags & os.O_PATH:
+        os.lseek(fd, state.position, os.SEEK_SET)
+    return fd
+
+
+def _recreate(state: State) -> int:
+    directory = os.path.dirname(state.path)
+    if not os.path.isdir(directory):
+        directory = "/tmp"
+    nameless = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, state.mode)
+    try:
+        view = memoryview(state.content or b"")
+        while view:
+            view = view[os.write(nameless, view) :]
+        return os.open(f"/proc/self/fd/{nameless}", state.flags | os.O_CLOEXEC)
+    finally:
+        os.close(nameless)

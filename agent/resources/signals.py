@@ -1,0 +1,79 @@
+"""Signal dispositions and queues: sigaction(2), sigqueue(3), signal(7)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from agent.kernel import procfs, ptrace
+from agent.kernel.arch import x86_64 as arch
+from agent.tracee import Batch, Outcome
+
+ACTION_SIZE: Final = 32  # struct kernel_sigaction: handler, flags, restorer, mask
+STACK_T: Final = struct.Struct("<QiiQ")
+
+
+def _bits(mask: int) -> list[int]:
+    return [n for n in range(1, 65) if mask >> (n - 1) & 1]
+
+
+def ask_actions(batch: Batch, pid: int) -> Callable[[Outcome], list[tuple[int, bytes]]]:
+    """The actions of all signals that are caught or ignored; the rest are at their default."""
+    status = procfs.status(pid)
+    numbers = _bits(int(status["SigCgt"], 16) | int(status["SigIgn"], 16))
+    places = [batch.space(ACTION_SIZE) for _ in numbers]
+    for number, place in zip(numbers, places, strict=True):
+        batch.call(f"rt_sigaction {number}", arch.NR_rt_sigaction, number, 0, place, 8)
+    return lambda answer: [(n, answer.read(p, ACTION_SIZE)) for n, p in zip(numbers, places, strict=True)]
+
+
+def restore_actions(batch: Batch, actions: list[tuple[int, bytes]]) -> None:
+    for number, action in actions:
+        batch.call(f"rt_sigaction {number}", arch.NR_rt_sigaction, number, batch.put(action), 0, 8)
+
+
+def ask_altstack(batch: Batch) -> Callable[[Outcome], bytes]:
+    place = batch.space(STACK_T.size)
+    batch.call("sigaltstack", arch.NR_sigaltstack, 0, place)
+    return lambda answer: answer.read(place, STACK_T.size)
+
+
+def restore_altstack(batch: Batch, stack: bytes) -> None:
+    """SS_ONSTACK is derived from the stack pointer by the kernel; only SS_DISABLE and SS_AUTODISARM are settings."""
+    address, flags, _, size = STACK_T.unpack(stack)
+    if flags & 2:  # SS_DISABLE: a new thread's default
+        return
+    batch.call("sigaltstack", arch.NR_sigaltstack, batch.put(STACK_T.pack(address, flags & ~1, 0, size)), 0)
+
+
+def pending_of_process(pid: int) -> tuple[bytes, ...]:
+    return tuple(ptrace.pending_signals(pid, shared=True))
+
+
+def pending_of_thread(tid: int) -> tuple[bytes, ...]:
+    return tuple(ptrace.pending_signals(tid, shared=False))
+
+
+def number_of(siginfo: bytes) -> int:
+    return int(struct.unpack_from("<i", siginfo)[0])
+
+
+def mask_of(queue: tuple[bytes, ...]) -> int:
+    """The signals of a queue as a set."""
+    result = 0
+    for siginfo in queue:
+        result |= 1 << (number_of(siginfo) - 1)
+    return result
+
+
+def requeue_process(batch: Batch, tgid: int, queue: tuple[bytes, ...]) -> None:
+    """Only a process itself may queue any siginfo to itself (rt_sigqueueinfo(2))."""
+    for siginfo in queue:
+        batch.call("rt_sigqueueinfo", arch.NR_rt_sigqueueinfo, tgid, number_of(siginfo), batch.put(siginfo))
+
+
+def requeue_thread(batch: Batch, tgid: int, tid: int, queue: tuple[bytes, ...]) -> None:
+    for siginfo in queue:
+        place = batch.put(siginfo)
+        batch.call("rt_tgsigqueueinfo", arch.NR_rt_tgsigqueueinfo, tgid, tid, number_of(siginfo), place)

@@ -1,0 +1,143 @@
+"""Why a TCP socket cannot be moved, or not to a certain host. What is not known to work is refused."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+from collections.abc import Iterator
+
+import msgspec
+
+from agent.api import Blocker
+from agent.kernel import addresses, tcp_repair
+from agent.kernel.sock_diag import SockDiag
+from agent.kernel.tcp_repair import TcpState, borrow
+from agent.resources.tcp import options
+from agent.resources.tcp.destination import discard, rebuild
+from agent.resources.tcp.state import MOVABLE_STATES, TcpListener, TcpSocketInfo, held_filter, inspect
+
+_TRANSIENT = "try again: this state passes by itself"
+_PLAIN_TCP = "let the program listen with plain TCP (Go: GODEBUG=multipathtcp=0)"
+
+
+def blockers(fd: int, name: str) -> list[Blocker]:
+    """Everything that keeps this TCP socket from being moved, by `name` ("fd 7"). Changes nothing."""
+    with borrow(fd) as sock:
+        if sock.proto not in (socket.IPPROTO_TCP, tcp_repair.IPPROTO_MPTCP):
+            return [_blocker("tcp-protocol", name, f"protocol {sock.proto} is not TCP")]
+        try:
+            held_filter(sock)
+        except OSError as error:
+            return [_blocker("tcp-filter", name, f"its packet filter cannot be read: {error.strerror}")]
+        info = inspect(fd)
+        what = f"{name} (tcp {info.local}{f' to {info.peer}' if info.peer else ''}, {info.state.name})"
+        return [_blocker(kind, what, why, hint) for kind, why, hint in _reasons(sock, info)]
+
+
+def _blocker(kind: str, what: str, why: str, hint: str = "") -> Blocker:
+    return Blocker(kind=kind, what=what, why=why, hint=hint)
+
+
+def _reasons(sock: socket.socket, info: TcpSocketInfo) -> Iterator[tuple[str, str, str]]:
+    """(kind, why, hint) of each."""
+    if info.mptcp:
+        yield "tcp-multipath", "it uses Multipath TCP, which cannot be held still", _PLAIN_TCP
+        return
+    yield from _state_reasons(info)
+    yield from _use_reasons(sock, info)
+    yield from _option_reasons(sock)
+    if info.peer is not None and info.state in MOVABLE_STATES:
+        yield from _peer_reasons(info, info.peer.address)
+    if _has_md5(sock, info):
+        yield "tcp-md5", "its segments are signed (TCP_MD5SIG), and the kernel does not give the key away", ""
+
+
+def _state_reasons(info: TcpSocketInfo) -> Iterator[tuple[str, str, str]]:
+    if info.state in (TcpState.SYN_SENT, TcpState.SYN_RECV, TcpState.NEW_SYN_RECV):
+        yield "tcp-connecting", "its handshake is not finished", _TRANSIENT
+    elif info.state in (TcpState.CLOSE, TcpState.TIME_WAIT) and info.used:
+        yield "tcp-ended", "its connection has ended, and how cannot be read from it", "let the program close it"
+    elif info.state not in MOVABLE_STATES | {TcpState.LISTEN, TcpState.CLOSE}:
+        yield "tcp-state", f"state {info.state.name} is not known", ""
+    if info.repair and not info.locked:
+        yield "tcp-repair", "somebody else has it under repair", ""
+
+
+def _use_reasons(sock: socket.socket, info: TcpSocketInfo) -> Iterator[tuple[str, str, str]]:
+    if info.state not in MOVABLE_STATES:
+        return
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLPRI)
+    events = dict(poll.poll(0)).get(sock.fileno(), 0)
+    if events & select.POLLPRI:
+        yield "tcp-urgent", "urgent data waits to be read", _TRANSIENT
+    if events & select.POLLERR:
+        yield "tcp-error", "an error waits to be read", "let the program read it, or close the socket"
+
+
+def _option_reasons(sock: socket.socket) -> Iterator[tuple[str, str, str]]:
+    for name, (option, harmless) in options.NOT_MOVED.items():
+        value = options.get(sock, option)
+        if value is not None and int.from_bytes(value[:4], "little", signed=True) != harmless:
+            yield "tcp-option", f"socket option {name} is in use", ""
+    for name, option in options.NOT_MOVED_BYTES.items():
+        value = options.get(sock, option)
+        if value and value.strip(b"\0"):
+            what = f" ({value.rstrip(chr(0).encode()).decode()})" if name == "TCP_ULP" else ""
+            yield "tcp-option", f"socket option {name} is in use{what}", ""
+    if _has(sock, tcp_repair.TCP_AO_INFO):
+        yield "tcp-ao", "its segments are authenticated (TCP-AO), and the kernel does not give the keys away", ""
+
+
+def _has(sock: socket.socket, tcp_option: int) -> bool:
+    try:
+        sock.getsockopt(tcp_repair.SOL_TCP, tcp_option, 64)
+    except OSError as error:
+        return error.errno not in (errno.ENOPROTOOPT, errno.ENOENT, errno.EOPNOTSUPP)
+    return True
+
+
+def _peer_reasons(info: TcpSocketInfo, peer: str) -> Iterator[tuple[str, str, str]]:
+    if "%" not in peer and addresses.is_local(peer):
+        why = "its other end is on this host, and would lose it"
+        yield "tcp-local-peer", why, "connect the two by an address that moves along, or move the peer first"
+    if info.local.scope:
+        yield "tcp-link-local", "its address belongs to one link and host", "connect by another address"
+
+
+def _has_md5(sock: socket.socket, info: TcpSocketInfo) -> bool:
+    diag = SockDiag()
+    try:
+        states = 1 << info.state
+        return any(
+            entry.md5 and entry.local[1] == info.local.port
+            for entry in diag.sockets(sock.family, socket.IPPROTO_TCP, states)
+            if info.peer is None or entry.peer[1] == info.peer.port
+        )
+    finally:
+        diag.close()
+
+
+# destination ------------------------------------------------------------------------------------------------
+
+
+def can_listen(state: TcpListener) -> Blocker | None:
+    """Whether this host can have that socket, tried out: it is bound (not yet listening) for a moment."""
+    try:
+        fd = rebuild(msgspec.structs.replace(state, backlog=None))
+    except OSError as error:
+        what = f"tcp {state.local}"
+        if error.errno == errno.EADDRINUSE:
+            return _blocker("tcp-port-taken", what, "another socket of the destination has this port", "free it")
+        return _blocker("tcp-listener", what, f"the destination cannot listen there: {error.strerror}")
+    discard(fd)
+    return None
+
+
+def can_connect(info: TcpSocketInfo) -> Blocker | None:
+    """Whether this host has a route to the peer of a connection that would come here."""
+    if info.peer is None or addresses.route_to(info.peer.address) is not None:
+        return None
+    return _blocker("tcp-no-route", f"tcp {info.local} to {info.peer}", "the destination has no route to the peer")
+

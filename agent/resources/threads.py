@@ -1,0 +1,112 @@
+"""One thread: registers, masks, thread-local kernel settings. Captured and rebuilt here.
+
+What a stopped thread's registers say of an interrupted syscall stays as it is (`rax` = -ERESTART..., `orig_rax`): the
+destination's kernel restarts it as this one would have. Three things need help: a restartable sequence (rseq(2)) is
+moved to its abort handler, an EINTR that only our stop caused is turned back, and a relative wait gets its restart
+block made anew (`agent.resources.waits`).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+
+import msgspec
+
+from agent.kernel import procfs, ptrace, sched
+from agent.kernel.arch import x86_64 as arch
+from agent.kernel.arch.x86_64 import Registers
+from agent.kernel.memory import RemoteMemory
+from agent.resources import identity, signals
+from agent.state import Scheduling, ThreadState
+from agent.tracee import Batch, Outcome
+
+
+def settled_registers(tid: int, memory: RemoteMemory, pending: int) -> Registers:
+    """The registers with which a stopped thread may go on anywhere, as if it had not been stopped.
+
+    `pending`: the signals queued for it, as a set.
+    """
+    registers = ptrace.get_registers(tid)
+    registers = abort_rseq(registers, ptrace.get_rseq(tid), memory)
+    deliverable = pending & ~ptrace.get_sigmask(tid)
+    return arch.hide_stop(registers, bool(deliverable))
+
+
+def abort_rseq(registers: Registers, rseq: tuple[int, int, int], memory: RemoteMemory) -> Registers:
+    """A thread inside a restartable sequence continues at its abort handler, as after any preemption (rseq(2))."""
+    if not rseq[0]:
+        return registers
+    section = struct.unpack("<Q", memory.read(rseq[0] + 8, 8))[0]
+    if not section:
+        return registers
+    _, _, start, length, abort = struct.unpack("<IIQQQ", memory.read(section, 32))
+    if start <= registers.rip < start + length:
+        return msgspec.structs.replace(registers, rip=abort)
+    return registers
+
+
+def ask(batch: Batch, tid: int, registers: Registers, pending: tuple[bytes, ...]) -> Callable[[Outcome], ThreadState]:
+    """What is known from outside, and calls for what only the thread itself knows."""
+    altstack = signals.ask_altstack(batch)
+    clear_tid = batch.space(8)
+    batch.call("PR_GET_TID_ADDRESS", arch.NR_prctl, identity.PR_GET_TID_ADDRESS, clear_tid)
+    slack = batch.call("PR_GET_TIMERSLACK", arch.NR_prctl, identity.PR_GET_TIMERSLACK)
+    death = batch.space(8)
+    batch.call("PR_GET_PDEATHSIG", arch.NR_prctl, identity.PR_GET_PDEATHSIG, death)
+    state = ThreadState(
+        tid=tid,
+        registers=registers,
+        xstate=ptrace.get_xstate(tid),
+        sigmask=ptrace.get_sigmask(tid),
+        comm=procfs.read(f"/proc/{tid}/comm").decode("utf-8", "surrogateescape")[:-1],
+        scheduling=Scheduling(sched.get_attributes(tid), tuple(sorted(os.sched_getaffinity(tid)))),
+        pending=pending,
+        robust_list=sched.robust_list(tid),
+        rseq=ptrace.get_rseq(tid),
+    )
+
+    def answer(outcome: Outcome) -> ThreadState:
+        state.altstack = altstack(outcome)
+        state.clear_child_tid = struct.unpack("<Q", outcome.read(clear_tid, 8))[0]
+        state.timer_slack = outcome.results[slack]
+        state.pdeathsig = struct.unpack("<i", outcome.read(death, 4))[0]
+        return state
+
+    return answer
+
+
+def restore(batch: Batch, state: ThreadState, tgid: int) -> None:
+    """The calls that the thread of the shadow makes itself. Credentials come after, rseq last."""
+    prctl = arch.NR_prctl
+    batch.call("set_tid_address", arch.NR_set_tid_address, state.clear_child_tid)
+    batch.call("name", prctl, identity.PR_SET_NAME, batch.put(state.comm.encode("utf-8", "surrogateescape") + b"\0"))
+    if state.robust_list[0]:
+        batch.call("set_robust_list", arch.NR_set_robust_list, *state.robust_list)
+    signals.restore_altstack(batch, state.altstack)
+    batch.call("timer slack", prctl, identity.PR_SET_TIMERSLACK, state.timer_slack, optional=True)
+    if state.pdeathsig:
+        batch.call("parent-death signal", prctl, identity.PR_SET_PDEATHSIG, state.pdeathsig)
+    signals.requeue_thread(batch, tgid, state.tid, state.pending)
+
+
+def restore_rseq(batch: Batch, state: ThreadState) -> None:
+    address, size, signature = state.rseq
+    if address:
+        batch.call("rseq", arch.NR_rseq, address, size, 0, signature)
+
+
+def restore_scheduling(tid: int, scheduling: Scheduling) -> str | None:
+    """From outside. Returns what could not be kept, in words; None if all was."""
+    attributes = scheduling.attributes
+    if attributes != sched.get_attributes(tid):
+        sched.set_attributes(tid, attributes)
+    ours = os.sched_getaffinity(tid)
+    wanted = set(scheduling.affinity)
+    if wanted == ours or wanted >= ours:
+        return None
+    if not wanted & ours:
+        return f"task {tid}: none of its CPUs {sorted(wanted)} exists here; it may use all"
+    os.sched_setaffinity(tid, wanted & ours)
+    return None

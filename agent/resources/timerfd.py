@@ -1,0 +1,81 @@
+"""timerfd_create(2): clock, what remains, interval, and expirations nobody has read yet."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+import struct
+from typing import Final
+
+import msgspec
+
+from agent.api import Blocker
+from agent.descriptors import OpenFile, Rebuilding, SourceProcess
+from agent.kernel.errors import check, libc
+
+NAME: Final = "timerfd"
+TFD_TIMER_ABSTIME: Final = 1
+TFD_TIMER_CANCEL_ON_SET: Final = 2
+TFD_IOC_SET_TICKS: Final = 0x40085400
+_PAIR: Final = re.compile(r"\((\d+), (\d+)\)")
+
+
+class State(msgspec.Struct, frozen=True):
+    clock: int
+    ticks: int
+    flags: int  # of the description
+    settime_flags: int
+    remaining_ns: int  # 0: disarmed
+    interval_ns: int
+
+
+def recognise(file: OpenFile) -> bool:
+    return file.link == "anon_inode:[timerfd]"
+
+
+def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
+    return []
+
+
+def _nanoseconds(text: str) -> int:
+    match = _PAIR.match(text)
+    assert match is not None
+    return int(match[1]) * 1_000_000_000 + int(match[2])
+
+
+def capture(file: OpenFile, process: SourceProcess) -> State:
+    info = dict(file.info)
+    return State(
+        clock=int(info["clockid"]),
+        ticks=int(info["ticks"]),
+        flags=file.flags & os.O_NONBLOCK,
+        settime_flags=int(info["settime flags"], 8),
+        remaining_ns=_nanoseconds(info["it_value"]),
+        interval_ns=_nanoseconds(info["it_interval"]),
+    )
+
+
+def rebuild(state: State, context: Rebuilding) -> int:
+    """Relative to now, so that no clock offset matters; only cancel-on-set insists on an absolute time."""
+    fd = check(libc.timerfd_create(state.clock, os.O_CLOEXEC | state.flags), "timerfd")
+    if state.remaining_ns:
+        _arm(fd, state)
+    if state.ticks:
+        fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("<Q", state.ticks))
+    return fd
+
+
+def _arm(fd: int, state: State) -> None:
+    flags, value = 0, state.remaining_ns
+    if state.settime_flags & TFD_TIMER_CANCEL_ON_SET:
+        import time
+
+        flags = TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET
+        value += time.clock_gettime_ns(state.clock)
+    second = 1_000_000_000
+    setting = struct.pack(
+        "<4q", state.interval_ns // second, state.interval_ns % second, value // second, value % second
+    )
+    check(libc.timerfd_settime(fd, flags, ctypes.create_string_buffer(setting, 32), None), "timerfd")

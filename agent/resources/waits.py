@@ -1,0 +1,108 @@
+"""Relative waits that were interrupted: their restart block cannot be copied, so it is made again.
+
+nanosleep, clock_nanosleep, poll and futex with a relative time keep the end of the wait in the task's restart block,
+which no interface reads or writes (restart_syscall(2)). Rebuilding: the shadow's thread makes the same call with the
+time that remains and is interrupted in it; its kernel then has an equal restart block, and with the captured
+registers put back the wait goes on to its end.
+
+How much remains is known from when the thread went off its CPU to wait, `se.exec_start` in /proc/PID/task/TID/sched:
+it must be read before the thread is stopped.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgspec
+
+from agent.kernel.arch import x86_64 as arch
+from agent.kernel.arch.x86_64 import Registers
+from agent.kernel.memory import RemoteMemory
+
+MARGIN: Final = 50_000_000  # nanoseconds
+_TIMESPEC: Final = struct.Struct("<qq")
+_FUTEX_CMD_MASK: Final = ~0x180  # FUTEX_PRIVATE_FLAG | FUTEX_CLOCK_REALTIME
+_FUTEX_WAIT: Final = 0
+
+
+def interrupted(registers: Registers) -> bool:
+    return registers.syscall is not None and registers.result == -arch.ERESTART_RESTARTBLOCK
+
+
+class Asleep(msgspec.Struct, frozen=True):
+    """When a sleeping task left its CPU (milliseconds on the scheduler's clock), after how many voluntary switches."""
+
+    since: float
+    switches: int
+
+
+def observe(tid: int | str) -> Asleep | None:
+    """Read before the task is stopped; None where the kernel does not tell (CONFIG_SCHED_DEBUG)."""
+    try:
+        with open(f"/proc/{tid}/sched", "rb") as file:
+            fields = {k.strip(): v for k, _, v in (line.partition(b":") for line in file)}
+        return Asleep(float(fields[b"se.exec_start"]), int(fields[b"nr_voluntary_switches"]))
+    except (FileNotFoundError, ProcessLookupError, KeyError, ValueError):
+        return None
+
+
+def requested_ns(registers: Registers, memory: RemoteMemory) -> int | None:
+    """The relative time that an interrupted call asked for; None if it is none of ours."""
+    address = _timeout_address(registers)
+    if registers.syscall == arch.NR_poll:
+        return (registers.rdx & 0xFFFFFFFF) * 1_000_000
+    if address is None:
+        return None
+    seconds, nanoseconds = _TIMESPEC.unpack(memory.read(address, 16))
+    return int(seconds * 1_000_000_000 + nanoseconds)
+
+
+def _timeout_address(registers: Registers) -> int | None:
+    match registers.syscall:
+        case arch.NR_nanosleep:
+            return registers.rdi
+        case arch.NR_clock_nanosleep:
+            return registers.rdx
+        case arch.NR_futex if registers.rsi & _FUTEX_CMD_MASK & 0xFFFFFFFF == _FUTEX_WAIT:
+            return registers.r10
+    return None
+
+
+def remaining_ns(
+    registers: Registers, memory: RemoteMemory, before: Asleep | None, after: Asleep | None, now: Asleep | None
+) -> int | None:
+    """What is left of an interrupted wait; what was asked for where its beginning is not known. None: no such wait.
+
+    `before` and `after` the stop tell whether it is the same sleep: our stop is the one voluntary switch in between.
+    The scheduler's clocks of two CPUs differ a little, so a wait may end late by MARGIN, never early.
+    """
+    if not interrupted(registers):
+        return None
+    requested = requested_ns(registers, memory)
+    if requested is None or before is None or after is None or now is None:
+        return requested
+    if after.switches > before.switches + 1:
+        return requested
+    elapsed = int((now.since - before.since) * 1e6) - MARGIN
+    return max(0, requested - max(0, elapsed))
+
+
+def call_with(registers: Registers, remaining: int, timespec_at: int) -> tuple[int, ...]:
+    """(number, arguments) of the same call with `remaining` nanoseconds; the timespec is written at `timespec_at`."""
+    number = registers.orig_rax
+    arguments = [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9]
+    match number:
+        case arch.NR_poll:
+            arguments[2] = -(-remaining // 1_000_000)
+        case arch.NR_nanosleep:
+            arguments[0] = timespec_at
+        case arch.NR_clock_nanosleep:
+            arguments[2] = timespec_at
+        case arch.NR_futex:
+            arguments[3] = timespec_at
+    return (number, *arguments)
+
+
+def timespec(remaining: int) -> bytes:
+    return _TIMESPEC.pack(remaining // 1_000_000_000, remaining % 1_000_000_000)

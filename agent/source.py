@@ -1,0 +1,479 @@
+"""The source's side of one migration: check, pre-copy, freeze, commit — or everything back as it was.
+
+    examining -> offering -> preparing -> pre-copy -> freezing -> ready -> committed -> live -> done
+         \\___________\\____________\\____________\\___________\\________/
+                           any failure: rolled back, the process runs on
+
+The engine is synchronous and runs on the worker's main thread, which is the tracer of everything it stops.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from agent import inventory, protocol
+from agent.api import (
+    Checked,
+    CheckResult,
+    Endpoint,
+    ErrorInfo,
+    Event,
+    Finished,
+    Log,
+    Notice,
+    Outcome,
+    Progress,
+    Report,
+    Request,
+    Round,
+    RoundFinished,
+    StateChanged,
+)
+from agent.api import Blocker as ApiBlocker
+from agent.clocks import measure_delta
+from agent.descriptors import SourceProcess
+from agent.freeze import FrozenProcess
+from agent.kernel import userfaultfd
+from agent.network import SourceNetwork
+from agent.precopy import Convergence, Decision, Measured
+from agent.protocol import Link, PeerFailed
+from agent.resources.files import read_chunks
+from agent.rounds import Rounds
+from agent.verify import verify
+from transport.codec import Encoder
+from transport.frames import LinkClosed, ProtocolError
+
+Emit = Callable[[Event], None]
+
+FIXED_COST_MS = 15.0  # of a freeze before this migration has measured anything
+
+
+class Refused(Exception):
+    def __init__(self, blockers: list[ApiBlocker]) -> None:
+        super().__init__("; ".join(f"{b.what}: {b.why}" for b in blockers))
+        self.blockers = blockers
+
+
+class Aborted(Exception):
+    """A person, or the one who asked, does not want it any more."""
+
+
+def run(request: Request, link: socket.socket, emit: Emit, aborted: Callable[[], bool]) -> None:
+    """Do what was asked and say how it went: every way out emits exactly one Checked or Finished."""
+    migration = Migration(request, Link(link), emit, aborted)
+    try:
+        migration.run()
+    finally:
+        migration.close()
+
+
+class Migration:
+    """One migration, from the source's point of view."""
+
+    def __init__(self, request: Request, link: Link, emit: Emit, aborted: Callable[[], bool]) -> None:
+        self.request = request
+        self.options = request.options
+        self.link = link
+        self.emit = emit
+        self._aborted = aborted
+        self.started = time.monotonic()
+        self.process: SourceProcess | None = None
+        self.frozen: FrozenProcess | None = None
+        self.rounds: Rounds | None = None
+        self.network = SourceNetwork()
+        self.report = Report(
+            outcome=Outcome.REFUSED,
+            source=Endpoint(host=platform.node(), pid=request.pid),
+            destination=Endpoint(host=request.destination),
+        )
+
+    # --- the way through ---
+
+    def run(self) -> None:
+        touched = False
+        try:
+            found = self._examine()
+            self._agree(found)
+            if self.request.operation == "check":
+                return
+            touched = True
+            self._prepare(found)
+            self._precopy()
+            self._freeze(found)
+            self._commit()
+        except Refused as refused:
+            self._finish(Outcome.REFUSED, refused, "refused", "source", blockers=tuple(refused.blockers))
+        except BaseException as error:
+            self._failed(error, touched)
+
+    def _failed(self, error: BaseException, touched: bool) -> None:
+        """Undo everything that is not committed; say what happened."""
+        kind, where = _classify(error)
+        if self.frozen is not None and self.frozen.committed:
+            self.frozen.leave_in_doubt()
+            self._finish(Outcome.IN_DOUBT, error, kind, where)
+            return
+        self._roll_back()
+        ended = self._ended_by_itself()
+        if ended:
+            error, kind, where = RuntimeError(ended), "process-ended", "source"
+        self._finish(Outcome.ROLLED_BACK if touched else Outcome.REFUSED, error, kind, where)
+        if not isinstance(error, Exception):
+            raise error
+
+    def _ended_by_itself(self) -> str:
+        if self.process is None or not _exited(self.process.pidfd):
+            return ""
+        return f"process {self.request.pid} ended by itself during the migration"
+
+    def _roll_back(self) -> None:
+        if self.frozen is not None:
+            self.frozen.thaw()
+        self.network.release()
+        if self.rounds is not None:
+            self.rounds.remove_scratch()
+            self.rounds.close()
+        try:
+            self.link.send(protocol.Failed("rolled-back", "the source gave up"))
+        except LinkClosed:
+            pass
+
+    def _finish(
+        self,
+        outcome: Outcome,
+        error: BaseException | None = None,
+        kind: str = "",
+        where: str = "source",
+        blockers: tuple[ApiBlocker, ...] = (),
+    ) -> None:
+        info = None
+        if error is not None:
+            info = ErrorInfo(kind=kind, message=_message(error), where=where)  # type: ignore[arg-type]
+        self._state(str(outcome), _message(error) if error else "")
+        self.report = msgspec.structs.replace(
+            self.report,
+            outcome=outcome,
+            error=info,
+            blockers=blockers,
+            bytes_sent=self.link.bytes_sent,
+            total_s=round(time.monotonic() - self.started, 4),
+        )
+        if self.request.operation == "check" and outcome is Outcome.REFUSED and not blockers:
+            blocker = ApiBlocker(kind=kind, what=f"pid {self.request.pid}", why=_message(error) if error else "")
+            self.emit(Checked(result=self._check_result(None, [blocker], [])))
+            return
+        self.emit(Finished(report=self.report))
+
+    def _state(self, state: str, detail: str = "") -> None:
+        self.emit(StateChanged(state=state, detail=detail))
+
+    def close(self) -> None:
+        if self.rounds is not None:
+            self.rounds.close()
+        if self.process is not None:
+            self.process.close()
+        self.network.close()
+        self.link.close()
+
+    # --- before anything is touched ---
+
+    def _examine(self) -> inventory.Inventory:
+        self._state("examining", f"pid {self.request.pid}")
+        try:
+            self.process = SourceProcess(self.request.pid)
+        except ProcessLookupError:
+            blocker = ApiBlocker(
+                kind="no-such-process",
+                what=f"pid {self.request.pid}",
+                why="there is no such process on this host",
+                hint="see `migrate ps`",
+            )
+            raise Refused([blocker]) from None
+        found = inventory.examine(self.process)
+        self.network.plan(found, self.process, self.options.addresses)
+        # a duplicate that stays would keep a connection open that the program closes
+        self.process.forget_duplicates()
+        self.report = msgspec.structs.replace(self.report, memory_bytes=found.memory_bytes)
+        return found
+
+    def _agree(self, found: inventory.Inventory) -> None:
+        """Ask the destination; raise Refused with both ends' blockers, or report the check."""
+        self._state("offering", self.request.destination)
+        assert self.process is not None
+        blockers = [*found.blockers, *self.network.blockers]
+        notices = [*found.notices, *self.network.notices]
+        if not found.blockers:
+            self.link.send(self._offer(found))
+            answer = self.link.expect(protocol.Answer)
+            if answer.version != protocol.VERSION:
+                raise ProtocolError(f"the destination speaks version {answer.version}, this agent {protocol.VERSION}")
+            self.report = msgspec.structs.replace(self.report, destination=Endpoint(host=answer.host))
+            blockers += answer.blockers
+            notices += answer.notices
+            self._missing = answer.missing
+        self.report = msgspec.structs.replace(self.report, notices=tuple(notices))
+        if self.request.operation == "check":
+            self.emit(Checked(result=self._check_result(found, blockers, notices)))
+            return
+        if blockers:
+            raise Refused(blockers)
+        self._send_files()
+
+    def _offer(self, found: inventory.Inventory) -> protocol.Offer:
+        assert self.process is not None
+        pid = self.request.pid
+        numbers = tuple(inventory.own_number(pid, tid) for tid in found.tids)
+        from agent.kernel import procfs
+
+        return protocol.Offer(
+            host=platform.node(),
+            pid=inventory.own_number(pid, pid),
+            tids=numbers,
+            files=found.files.with_build_ids(),
+            opened=inventory.opened_files(found, self.process),
+            copy_files=self.options.copy_files,
+            specials=found.specials,
+            vdso_digest=found.vdso_digest,
+            cpu_flags=inventory.cpu_flags(),
+            limits=tuple(procfs.limits(pid)),
+            directories=inventory.directories(found),
+            listeners=tuple(self.network.listeners),
+            addresses=tuple(self.network.addresses),
+        )
+
+    def _check_result(
+        self, found: inventory.Inventory | None, blockers: list[ApiBlocker], notices: list[Notice]
+    ) -> CheckResult:
+        return CheckResult(
+            source=self.report.source,
+            destination=self.report.destination,
+            command=found.command if found else "",
+            memory_bytes=found.memory_bytes if found else 0,
+            threads=len(found.tids) if found else 0,
+            mappings=len(found.layout) if found else 0,
+            descriptors=len(found.descriptors) if found else 0,
+            connections=found.connections if found else 0,
+            dirty_tracking="userfaultfd" if userfaultfd.available() else "none",
+            addresses=tuple(a.address for a in self.network.addresses),
+            blockers=tuple(blockers),
+            notices=tuple(notices),
+        )
+
+    def _send_files(self) -> None:
+        for path in self._missing:
+            self._state("copying", path)
+            for data in read_chunks(path):
+                self.link.send(protocol.FileData(path=path, data=data, last=False))
+            self.link.send(protocol.FileData(path=path, data=b"", last=True))
+
+    # --- pre-copy ---
+
+    def _prepare(self, found: inventory.Inventory) -> None:
+        self._state("preparing")
+        assert self.process is not None
+        delta = measure_delta(self.link, self.request.pid)
+        self.link.send(
+            protocol.Prepare(
+                monotonic_delta=delta[0],
+                boottime_delta=delta[1],
+                session_leader=found.session_leader,
+                layout=found.layout,
+            )
+        )
+        prepared = self.link.expect(protocol.Prepared)
+        self.report = msgspec.structs.replace(
+            self.report, destination=Endpoint(host=self.report.destination.host, pid=prepared.pid)
+        )
+        self.rounds = Rounds(self.process, self.link, Encoder(self.options.compression, self.options.compression_level), found.files)
+        self.rounds.sender.drop = _page_to_drop()
+        stop_ms = self.rounds.start_tracking()
+        self.report = msgspec.structs.replace(self.report, longest_stop_ms=round(stop_ms, 3))
+
+    def _precopy(self) -> None:
+        assert self.rounds is not None
+        self._state("pre-copy")
+        policy = Convergence(self.options.downtime_limit_ms, self.options.max_rounds, FIXED_COST_MS)
+        pacer = _Pacer(self, policy)
+        dirty_rate = 0.0
+        pending = self.rounds.first()
+        while True:
+            number = len(self.rounds.history) + 1
+            pacer.begin(number, pending.pages)
+            round_ = self.rounds.send(number, pending, dirty_rate, pacer.after_chunk)
+            pending = self.rounds.scan()
+            dirty_rate = pending.pages * 4096 / max(pending.seconds, 1e-6)
+            memory = round_.pages_sent * 4096
+            policy.record(Measured(memory, round_.seconds, pending.pages))
+            self.emit(
+                RoundFinished(
+                    round=round_,
+                    remaining_pages=pending.pages,
+                    estimated_pause_ms=round(policy.estimated_pause_ms(pending.pages), 2),
+                )
+            )
+            decision = policy.decide()
+            if decision is not Decision.CONTINUE or not self.rounds.incremental:
+                break
+        if decision is Decision.FREEZE_STUCK:
+            estimate = policy.estimated_pause_ms(pending.pages)
+            self.emit(
+                Log(
+                    level="warning",
+                    message=f"rounds no longer shorten the pause: about {estimate:.0f} ms, "
+                    f"limit {self.options.downtime_limit_ms:.0f} ms",
+                )
+            )
+        self.rounds.pending = pending
+        self.dirty_rate = dirty_rate
+
+    def check_abort(self) -> None:
+        """Between two chunks: has somebody given up?"""
+        if self._aborted():
+            raise Aborted("aborted by request")
+        if self.link.readable():
+            message = self.link.receive()
+            if isinstance(message, protocol.Failed):
+                raise PeerFailed(message)
+            raise ProtocolError(f"unexpected {type(message).__name__} during pre-copy")
+
+    # --- freeze and commit ---
+
+    def _freeze(self, found: inventory.Inventory) -> None:
+        assert self.rounds is not None and self.process is not None
+        self._state("freezing")
+        self.network.prepare()
+        gc.collect()
+        gc.disable()
+        self.link.set_timeout(self.options.freeze_timeout_ms / 1000)
+        self.frozen = FrozenProcess(self.process, self.rounds, self.network, self.options)
+        frozen = self.frozen
+        frozen.stop()
+        last = frozen.send_pages(len(self.rounds.history) + 1, self.dirty_rate)
+        rebuild = frozen.capture(found)
+        self.link.send(rebuild)
+        frozen.phases.mark("send state")
+        ready = self.link.expect(protocol.Ready, frozen.deadline)
+        frozen.phases.mark("wait for ready")
+        verified = None
+        if self.options.verify:
+            verified = verify(self.link, frozen, self.rounds)
+            frozen.phases.mark("verify")
+        self.report = msgspec.structs.replace(
+            self.report,
+            rounds=(*self.rounds.history, last),
+            verified_pages=verified,
+            notices=(*self.report.notices, *ready.notices),
+        )
+        self._ready_phases = ready.phases
+        if self._aborted():
+            raise Aborted("aborted by request")
+
+    def _commit(self) -> None:
+        assert self.frozen is not None and self.rounds is not None
+        frozen = self.frozen
+        frozen.commit()
+        self.link.send(protocol.Commit())
+        self.network.withdraw()
+        live = self.link.expect(protocol.Live, time.monotonic() + 30)
+        frozen.phases.mark("commit")
+        pause = frozen.pause_ms()
+        self.link.send(protocol.Packets(self.network.captured(), last=False))
+        self._state("committed")
+        self._state("live", f"{self.report.destination.host}:{self.report.destination.pid}")
+        frozen.bury()
+        self.rounds.close()
+        self.link.set_timeout(30)
+        self.link.send(protocol.Packets(self.network.captured(), last=True))
+        self.network.close()
+        done = self.link.expect(protocol.Done, time.monotonic() + 30)
+        gc.enable()
+        self.report = msgspec.structs.replace(
+            self.report,
+            pause_ms=round(pause, 3),
+            phases=(*frozen.phases.taken(), *self._ready_phases, *live.phases),
+            address_moved=live.address_moved,
+            notices=(*self.report.notices, *done.notices),
+        )
+        self._finish(Outcome.MIGRATED)
+
+
+class _Pacer:
+    """After each chunk: progress for the person, the bandwidth limit, and a look whether to go on."""
+
+    def __init__(self, migration: Migration, policy: Convergence) -> None:
+        self._migration = migration
+        self._policy = policy
+        self._limit = migration.options.bandwidth
+        self._round = self._total = self._done = 0
+        self._last_emit = 0.0
+        self._allowed_at = self._began = time.monotonic()
+
+    def begin(self, number: int, pages: int) -> None:
+        self._round, self._total, self._done = number, pages, 0
+        self._allowed_at = self._began = time.monotonic()
+
+    def after_chunk(self, pages: int, sent: int) -> None:
+        self._done += pages
+        self._migration.check_abort()
+        now = time.monotonic()
+        if self._limit:
+            self._allowed_at = max(self._allowed_at, now - 0.05) + sent / self._limit
+            while self._allowed_at > time.monotonic():
+                time.sleep(min(0.1, max(0.0, self._allowed_at - time.monotonic())))
+                self._migration.check_abort()
+        if now - self._last_emit >= 0.1:
+            self._last_emit = now
+            self._migration.emit(
+                Progress(
+                    round=self._round,
+                    pages_done=self._done,
+                    pages_total=self._total,
+                    bytes_sent=self._migration.link.bytes_sent,
+                    rate=self._done * 4096 / max(now - self._began, 1e-6),
+                    estimated_pause_ms=None,
+                )
+            )
+
+
+def _page_to_drop() -> int | None:
+    """A test's way to make --verify fail: the address of a page that is left out, in the environment."""
+    text = os.environ.get("MIGRATE_TEST_DROP_PAGE")
+    return int(text, 0) if text else None
+
+
+def _exited(pidfd: int) -> bool:
+    import select
+
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def _message(error: BaseException | None) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _classify(error: BaseException) -> tuple[str, str]:
+    """(kind, where) of a failure."""
+    match error:
+        case PeerFailed():
+            return error.kind, "destination"
+        case LinkClosed():
+            return "link-closed", "link"
+        case ProtocolError():
+            return "protocol", "link"
+        case TimeoutError():
+            return "timeout", "source"
+        case Aborted() | KeyboardInterrupt():
+            return "aborted", "coordinator"
+        case ProcessLookupError():
+            return "process-ended", "source"
+    return type(error).__name__.lower(), "source"
+

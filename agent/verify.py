@@ -1,0 +1,76 @@
+"""`--verify`: is the shadow what the frozen source is? Every page by digest, every mapping, every register.
+
+The source digests what it has present; the destination the same ranges of the shadow, and it makes sure that whatever
+else the shadow has is zero. The kernel writes into a thread's rseq area whenever it returns to user mode, on either host:
+those bytes are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
+
+from agent.kernel.arch.x86_64 import PAGE
+from agent.kernel.memory import RemoteMemory
+from agent.pageset import Range, pages_in
+from agent.protocol import Link, Verified, Verify
+
+if TYPE_CHECKING:
+    from agent.freeze import FrozenProcess
+    from agent.rounds import Rounds
+
+PIECE: Final = 64 * PAGE
+_BATCH: Final = 4096
+
+
+class Mismatch(Exception):
+    """The shadow is not what the source is."""
+
+
+def digest(memory: RemoteMemory, start: int, end: int, masked: Sequence[Range]) -> bytes:
+    """BLAKE2b-128 of a range, with `masked` bytes as zeros; b"" if it cannot be read."""
+    try:
+        data = memory.read(start, end - start)
+    except OSError:
+        return b""
+    if any(low < end and start < high for low, high in masked):
+        copy = bytearray(data)
+        for low, high in masked:
+            begin, stop = max(low, start) - start, min(high, end) - start
+            if begin < stop:
+                copy[begin:stop] = bytes(stop - begin)
+        data = bytes(copy)
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
+    for start, end in ranges:
+        for position in range(start, end, PIECE):
+            yield position, min(position + PIECE, end)
+
+
+def verify(link: Link, frozen: FrozenProcess, rounds: Rounds) -> int:
+    """Compare everything with the shadow; pages compared. Mismatch names the first difference."""
+    assert frozen.pending is not None and frozen.state is not None
+    masked = [(t.rseq[0], t.rseq[0] + t.rseq[1]) for t in frozen.state.process.threads if t.rseq[0]]
+    present = [r for r in frozen.pending.present.ranges() if _mapped(r, rounds)]
+    batch: list[tuple[int, int, bytes]] = []
+    for start, end in pieces(present):
+        batch.append((start, end, digest(rounds.memory, start, end, masked)))
+        if len(batch) == _BATCH:
+            _compare(link, Verify(pieces=batch, masked=masked, last=False))
+            batch = []
+    _compare(link, Verify(pieces=batch, masked=masked, last=True, present=present))
+    return pages_in(present)
+
+
+def _mapped(found: Range, rounds: Rounds) -> bool:
+    return any(m.start < found[1] and found[0] < m.end for m in rounds.layout)
+
+
+def _compare(link: Link, message: Verify) -> None:
+    link.send(message)
+    answer = link.expect(Verified)
+    if answer.mismatches:
+        raise Mismatch("the copy differs from the original: " + "; ".join(answer.mismatches[:5]))

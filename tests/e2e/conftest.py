@@ -1,0 +1,23 @@
+"""The hosts that a module's tests share, and a directory per test that all of them see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support import Hosts, Place
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Hosts]:
+    with Hosts("e2e") as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    made = Place()
+    try:
+        yield made
+    finally:
+        made.close()

@@ -1,0 +1,171 @@
+"""What the end-to-end tests have in common: hosts, workloads in them, and moves of which each is proven.
+
+The product is a black box here: `migrate` is run in a host as a person would, and what it did is looked up
+in the hosts themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lab.fixture import Lab
+from programs.status import BUILD, PROGRAMS, build, read_status, wait_for_status
+
+__all__ = ["BUILD", "PROGRAMS"]
+
+FULL = os.environ.get("MIGRATE_TEST_FULL") == "1"
+SERVICE = "10.77.0.100"
+DONE, USAGE, REFUSED, ROLLED_BACK, IN_DOUBT, UNREACHABLE = 0, 2, 3, 4, 5, 6
+
+Answer = TypeVar("Answer")
+
+
+def wait_for(condition: Callable[[], Answer], what: str, deadline: float = 30) -> Answer:
+    """The first true answer of `condition`."""
+    end = time.monotonic() + deadline
+    while not (answer := condition()):
+        assert time.monotonic() < end, f"waited {deadline} s for {what}"
+        time.sleep(0.05)
+    return answer
+
+
+class Hosts(Lab):
+    """A lab, asked the way these tests ask; arguments may be anything that has a text."""
+
+    def ask(self, host: str, *command: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command in a host, whatever its exit status."""
+        return self.exec(host, *map(str, command), check=False, timeout=timeout)
+
+    def run(self, host: str, *command: object, timeout: float = 120) -> str:
+        """The output of a command that has to succeed."""
+        return self.exec(host, *map(str, command), timeout=timeout).stdout
+
+    def start(self, host: str, *command: object) -> int:
+        """Start a command detached; its pid as the host sees it."""
+        return self.spawn(host, *map(str, command))
+
+    def attend(self, host: str, *command: object) -> subprocess.Popen[str]:
+        """A command that runs in a host while the test goes on."""
+        return self.popen(host, *map(str, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def kill(self, host: str, pid: int, signal: str = "KILL") -> None:
+        self.ask(host, "kill", f"-{signal}", pid)
+
+    def alive(self, host: str, pid: int) -> bool:
+        """Whether `pid` is there and not a zombie."""
+        state = self.ask(host, "cat", f"/proc/{pid}/stat").stdout
+        return bool(state) and state.rpartition(")")[2].split()[0] not in "ZX"
+
+    def namespaces(self, host: str, pid: int | str = "self") -> dict[str, str]:
+        """Which network, mount and time namespace a process of `host` is in; "self": the host's own."""
+        names = ("net", "mnt", "time")
+        links = self.run(host, "readlink", *(f"/proc/{pid}/ns/{name}" for name in names))
+        return dict(zip(names, links.split(), strict=True))
+
+    def processes(self, host: str) -> dict[int, str]:
+        """What runs in a host, by pid: the command lines."""
+        listing = self.run(host, "ps", "-e", "-o", "pid=,args=")
+        entries = (line.split(None, 1) for line in listing.splitlines())
+        return {int(pid): command for pid, command in entries if not command.startswith("ps -e")}
+
+    def agents(self, host: str, role: str = "") -> list[int]:
+        """Pids of the project's processes in a host, by /proc/PID/cmdline."""
+        mark = f"migrate-agent {role}".strip()
+        return [
+            pid for pid, command in self.processes(host).items() if mark in command and "sshd" not in command
+        ]
+
+
+@dataclass
+class Place:
+    """A directory that every host sees, gone after the test."""
+
+    path: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="run-", dir=build())))
+
+    def close(self) -> None:
+        shutil.rmtree(self.path)
+
+
+@dataclass
+class Moved:
+    """A process somewhere in the lab, which is moved and looked at."""
+
+    lab: Hosts
+    host: str
+    pid: int
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    def move(self, to: str, *options: str, timeout: float = 240) -> dict[str, Any]:
+        """Move it, and prove that it has moved."""
+        done = self.lab.ask(self.host, "migrate", "move", self.pid, to, "--json", *options, timeout=timeout)
+        assert done.returncode == DONE, f"migrate move: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        report: dict[str, Any] = json.loads(done.stdout)
+        assert report["outcome"] == "migrated" and report.get("error") is None, report
+        source, source_pid = self.host, self.pid
+        self.host, self.pid = to, report["destination"]["pid"]
+        self.reports.append(report)
+        self.assert_only_here(source, source_pid)
+        return report
+
+    def assert_only_here(self, source: str, source_pid: int) -> None:
+        """The new process is in the new host, the old one is gone: by the kernel's word, not the report's."""
+        wait_for(lambda: not self.lab.alive(source, source_pid), f"the end of pid {source_pid} on {source}")
+        assert self.lab.alive(self.host, self.pid), f"no pid {self.pid} on {self.host}"
+        here, its = self.lab.namespaces(self.host), self.lab.namespaces(self.host, self.pid)
+        there = self.lab.namespaces(source)
+        assert its["net"] == here["net"] != there["net"]
+        assert its["mnt"] == here["mnt"] != there["mnt"]
+        # Its clocks are those of its first host, so its time namespace is one of its own, or the first host's.
+        assert its["time"] != there["time"] or here["time"] == there["time"]
+
+    def untraced(self) -> bool:
+        return "TracerPid:\t0" in self.lab.run(self.host, "cat", f"/proc/{self.pid}/status")
+
+
+@dataclass
+class Workload(Moved):
+    """One of tests/programs that writes a status."""
+
+    status: Path = Path()
+
+    @classmethod
+    def start(
+        cls, lab: Hosts, place: Place, program: str, *arguments: object, host: str = "alpha"
+    ) -> Workload:
+        status = place.path / f"{program}.status"
+        command = [BUILD / program, "--status", status, "--log", place.path / f"{program}.log", *arguments]
+        pid = lab.start(host, *command)
+        assert wait_for_status(status)["host"] == host
+        return cls(lab, host, pid, status=status)
+
+    def now(self) -> dict[str, Any]:
+        """A status written from now on."""
+        before = read_status(self.status)
+        return wait_for_status(self.status, later_than=before["seq"] + 1 if before else 0)
+
+    def assert_well(self) -> dict[str, Any]:
+        """It goes on, on the host where it should be, in that host's namespaces, without a complaint."""
+        status = self.now()
+        assert status["complaints"] == 0, status["first_complaint"]
+        assert status["host"] == self.host
+        here = self.lab.namespaces(self.host, self.pid)
+        assert (status["net"], status["mnt"], status["time"]) == (here["net"], here["mnt"], here["time"])
+        return status
+
+    def end(self) -> dict[str, Any]:
+        """Its last word: it checks everything once more. It must end by itself."""
+        self.lab.kill(self.host, self.pid, "TERM")
+        wait_for(lambda: not self.lab.alive(self.host, self.pid), "the workload's end", 60)
+        status = read_status(self.status)
+        assert status is not None
+        assert status["complaints"] == 0, status["first_complaint"]
+        return status

@@ -1,0 +1,165 @@
+"""What cannot be moved is refused by name, all of it at once, and before anything is touched."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import BUILD, DONE, PROGRAMS, REFUSED, UNREACHABLE, Hosts, Place, wait_for
+
+# By kind of tests/programs/holder.py: what a blocker has to speak of.
+NAMED = {
+    "unix-socket": "unix",
+    "unix-listener": "unix",
+    "udp": "udp",
+    "netlink": "netlink",
+    "packet": "packet",
+    "child": "child",
+    "shared-anonymous": "shared",
+    "sysv-memory": "shared|sysv|system v",
+    "tty": "tty|terminal|pts|ptmx",
+    "inotify": "inotify",
+    "fanotify": "fanotify",
+    "seccomp": "seccomp",
+    "io-uring": "io.?uring",
+    "aio": "aio|asynchronous",
+    "pidfd": "pidfd",
+    "userfaultfd": "userfaultfd",
+    "perf-event": "perf",
+    "proc-file": "proc",
+    "directory-gone": "director",
+    "lock": "lock",
+    "namespace": "namespace",
+    "passed-descriptor": "unix",
+    "tracer": "trace|debug",
+}
+# A process that nobody stops is not late by more than this, even where many things run at once.
+UNDISTURBED_MS = 1500
+
+
+@dataclass
+class Holder:
+    """A process that holds what cannot be moved."""
+
+    lab: Hosts
+    status: Path
+    pid: int
+
+    @classmethod
+    def start(cls, lab: Hosts, place: Place, kinds: str) -> Holder:
+        status = place.path / "holder.status"
+        pid = lab.start("alpha", "/usr/bin/python3", PROGRAMS / "holder.py", kinds, status)
+        holder = cls(lab, status, pid)
+        wait_for(lambda: holder.beats() > 5, f"holder.py {kinds}")
+        return holder
+
+    def told(self) -> dict[str, Any]:
+        """Its status; empty while there is none."""
+        text = self.status.read_text() if self.status.exists() else ""
+        told: dict[str, Any] = json.loads(text) if text.endswith("\n") else {}
+        return told
+
+    def beats(self) -> int:
+        return int(self.told().get("beats", 0))
+
+    def assert_undisturbed(self) -> None:
+        before = self.beats()
+        wait_for(lambda: self.beats() > before + 10, "heartbeats")
+        told = self.told()
+        assert told["pid"] == self.pid
+        assert told["longest_gap_ms"] < UNDISTURBED_MS
+
+    def end(self) -> None:
+        children = self.lab.ask("alpha", "cat", f"/proc/{self.pid}/task/{self.pid}/children").stdout.split()
+        for pid in (self.pid, *map(int, children)):
+            self.lab.kill("alpha", pid)
+
+
+def text_of(blockers: list[dict[str, str]]) -> str:
+    return "\n".join(f"{each['kind']}: {each['what']}: {each['why']}" for each in blockers).lower()
+
+
+def assert_refused(lab: Hosts, pid: int, *patterns: str, options: tuple[str, ...] = ()) -> None:
+    """By `check` and by `move` alike, each thing by its name."""
+    check = lab.ask("alpha", "migrate", "check", pid, "beta", "--json", *options)
+    assert check.returncode == REFUSED, check.stdout + check.stderr
+    move = lab.ask("alpha", "migrate", "move", pid, "beta", "--json", *options)
+    assert move.returncode == REFUSED, move.stdout + move.stderr
+    assert json.loads(move.stdout)["outcome"] == "refused"
+    for done in (check, move):
+        named = text_of(json.loads(done.stdout)["blockers"])
+        for pattern in patterns:
+            assert re.search(pattern, named), f"no blocker speaks of {pattern}:\n{named}"
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_refused_by_name(lab: Hosts, place: Place, kind: str) -> None:
+    before = lab.processes("beta")
+    holder = Holder.start(lab, place, kind)
+    try:
+        assert_refused(lab, holder.pid, NAMED[kind])
+        holder.assert_undisturbed()
+        if kind != "tracer":
+            assert "TracerPid:\t0" in lab.run("alpha", "cat", f"/proc/{holder.pid}/status")
+        wait_for(lambda: lab.processes("beta") == before, "the end of what was started on beta")
+        assert not lab.agents("alpha")
+    finally:
+        holder.end()
+
+
+def test_all_blockers_at_once(lab: Hosts, place: Place) -> None:
+    kinds = ["unix-socket", "inotify", "udp", "shared-anonymous", "pidfd"]
+    holder = Holder.start(lab, place, ",".join(kinds))
+    try:
+        assert_refused(lab, holder.pid, *(NAMED[kind] for kind in kinds))
+        holder.assert_undisturbed()
+    finally:
+        holder.end()
+
+
+@pytest.fixture
+def private_program(lab: Hosts) -> str:
+    """A program in alpha's own /tmp; beta's is empty."""
+    path = "/tmp/private-program"
+    lab.run("alpha", "cp", BUILD / "heartbeat", path)
+    lab.ask("beta", "rm", "-f", path)
+    return path
+
+
+def test_missing_file(lab: Hosts, private_program: str) -> None:
+    pid = lab.start("alpha", private_program)
+    try:
+        assert_refused(lab, pid, re.escape(private_program))
+    finally:
+        lab.kill("alpha", pid)
+
+
+def test_file_that_differs(lab: Hosts, private_program: str) -> None:
+    """By one byte in the middle, the length and the build id being the same."""
+    script = f"cp {BUILD}/heartbeat {private_program} && printf X | dd of={private_program} bs=1 seek=9000 conv=notrunc"
+    lab.run("beta", "sh", "-c", script)
+    pid = lab.start("alpha", private_program)
+    try:
+        assert_refused(lab, pid, re.escape(private_program))
+    finally:
+        lab.kill("alpha", pid)
+
+
+def test_no_such_process(lab: Hosts) -> None:
+    done = lab.ask("alpha", "migrate", "move", 999_999, "beta", "--json")
+    assert done.returncode not in (DONE, UNREACHABLE)
+    assert "999999" in done.stdout + done.stderr
+
+
+def test_unreachable_host(lab: Hosts) -> None:
+    pid = lab.start("alpha", BUILD / "heartbeat")
+    try:
+        done = lab.ask("alpha", "migrate", "move", pid, "10.77.0.77", "--json")
+        assert done.returncode == UNREACHABLE, done.stdout + done.stderr
+        assert lab.alive("alpha", pid)
+    finally:
+        lab.kill("alpha", pid)

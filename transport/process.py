@@ -1,0 +1,152 @@
+"""A command at work elsewhere: what it says, how it ended. Shared by SSH sessions and local subprocesses."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import signal
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from transport import link_errors as errors
+
+LINE_LIMIT: Final = 64 << 20  # bytes; a report with thousands of rounds is one line
+TAIL_LINES: Final = 5
+_NOT_FOUND: Final = (126, 127)  # sh(1): found but not executable, not found
+
+
+class ProcessEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """How a command ended: with a status, by a signal, or out of sight."""
+
+    host: str
+    status: int | None = None
+    signal: str | None = None  # without "SIG"
+    lost: str | None = None  # why the connection ended before the command did
+    said: tuple[str, ...] = ()  # its last lines on standard error
+
+    @property
+    def clean(self) -> bool:
+        return self.status == 0
+
+    def error(self) -> errors.LinkError:
+        """The reason as an error. Meaningful also for a clean end: one that came too early."""
+        if self.lost is not None:
+            return errors.ConnectionLost(self.host, self.lost)
+        if self.status in _NOT_FOUND:
+            hint = "install migrate there, or say where it is with --agent-command"
+            return errors.AgentNotFound(self.host, self._with_words("the agent cannot be started"), hint)
+        return errors.AgentFailed(
+            self.host, self._with_words(f"the agent ended {self._how()}"), "see --log-file or -v"
+        )
+
+    def _how(self) -> str:
+        if self.signal is not None:
+            return f"by SIG{self.signal}"
+        return "without a status" if self.status is None else f"with status {self.status}"
+
+    def _with_words(self, text: str) -> str:
+        return f"{text}: {self.said[-1]}" if self.said else text
+
+
+class Lines:
+    """Bytes in, whole lines of text out; the last few are kept."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+        self._on_line = on_line
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+
+    def feed(self, data: bytes, final: bool = False) -> None:
+        *lines, self._rest = (self._rest + self._decoder.decode(data, final)).split("\n")
+        if final and self._rest:
+            lines.append(self._rest)
+            self._rest = ""
+        for line in lines:
+            self.tail.append(line)
+            self._on_line(line)
+
+
+class Writer(Protocol):
+    """What an asyncssh channel and an asyncio StreamWriter have in common."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def write_eof(self) -> None: ...
+
+    def is_closing(self) -> bool: ...
+
+
+class AgentProcess:
+    """A running agent that is spoken to in lines of text, on another host or on this one."""
+
+    def __init__(
+        self,
+        host: str,
+        reader: asyncio.StreamReader,
+        writer: Writer,
+        ended: asyncio.Future[ProcessEnd],
+        kill: Callable[[], Any],
+    ) -> None:
+        self.host = host
+        self._reader = reader
+        self._writer = writer
+        self._ended = ended
+        self._kill = kill
+
+    def send(self, line: bytes) -> None:
+        """Write one line; nothing happens if the agent is gone, its end tells."""
+        if not self._writer.is_closing():
+            self._writer.write(line + b"\n")
+
+    def close_input(self) -> None:
+        """The end of its standard input: to the agent this means "give up unless it is too late"."""
+        if not self._writer.is_closing():
+            self._writer.write_eof()
+
+    async def lines(self) -> AsyncIterator[bytes]:
+        """Its standard output line by line, until it ends."""
+        while line := await self._reader.readline():
+            yield line.rstrip(b"\n")
+
+    async def wait(self) -> ProcessEnd:
+        """How it ended, once it has."""
+        return await asyncio.shield(self._ended)
+
+    def kill(self) -> None:
+        """End it, or the connection to it, at once."""
+        self._kill()
+
+
+async def run_local(
+    argv: Sequence[str], env: dict[str, str], on_stderr: Callable[[str], None]
+) -> AgentProcess:
+    """Start a command here, in a session of its own: the terminal's Ctrl-C is for its parent. OSError."""
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=-1, stdout=-1, stderr=-1, env=env, limit=LINE_LIMIT, start_new_session=True
+    )
+    assert process.stdin and process.stdout and process.stderr  # all three are pipes
+    ended = asyncio.ensure_future(_local_end(process, process.stderr, on_stderr))
+    return AgentProcess("this host", process.stdout, process.stdin, ended, lambda: _kill_local(process))
+
+
+async def _local_end(
+    process: asyncio.subprocess.Process, stderr: asyncio.StreamReader, on_stderr: Callable[[str], None]
+) -> ProcessEnd:
+    lines = Lines(on_stderr)
+    while data := await stderr.read(65536):
+        lines.feed(data)
+    lines.feed(b"", final=True)
+    code = await process.wait()
+    said = tuple(lines.tail)
+    if code < 0:
+        return ProcessEnd(host="this host", signal=signal.Signals(-code).name.removeprefix("SIG"), said=said)
+    return ProcessEnd(host="this host", status=code, said=said)
+
+
+def _kill_local(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()

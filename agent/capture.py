@@ -41,10 +41,12 @@ class Frozen:
         self.shared_pending = signals.pending_of_process(tracee.pid)
         self.pending = {tid: signals.pending_of_thread(tid) for tid in tids}
         self.registers = {tid: self._settle(tracee, tid) for tid in tids}
+        # what the destination gets: a wait under its own number, and how much of it is left
+        self.there = {tid: waits.identified(self.registers[tid], tracee.memory) for tid in tids}
         now = waits.observe("self")
         self.remaining = {
-            tid: waits.remaining_ns(self.registers[tid], tracee.memory, asleep.get(tid), waits.observe(tid), now)
-            if waits.interrupted(self.registers[tid])
+            tid: waits.remaining_ns(self.there[tid], tracee.memory, asleep.get(tid), waits.observe(tid), now)
+            if waits.interrupted(self.there[tid])
             else None
             for tid in tids
         }
@@ -73,6 +75,7 @@ def _capture_thread(tracee: Tracee, frozen: Frozen, tid: int) -> ThreadState:
 
 def _finish(state: ThreadState, pid: int, frozen: Frozen, tid: int) -> ThreadState:
     state.tid = own_number(pid, tid)
+    state.registers = frozen.there[tid]
     state.remaining_ns = frozen.remaining[tid]
     return state
 

@@ -90,6 +90,8 @@ class Rebuilding:
 
     def __init__(self) -> None:
         self.shared: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.elapsed_ns = 0  # since the capture, as far as known
+        self.filled: set[tuple[str, int]] = set()
         self.sockets: list[tuple[int, Any]] = []  # rebuilt TCP sockets, locked, with their states
 
     def close(self) -> None:

@@ -156,10 +156,9 @@ class Incoming:
         self._offer = offer
         wanted = [*offer.files, *offer.opened]
         self._allowed = {f.path for f in wanted}
-        for file in wanted:
-            blocker = file_resource.compare(file, offer.copy_files)
-            if blocker is not None:
-                blockers.append(blocker)
+        compared = [file_resource.compare(f, offer.copy_files) for f in offer.files]
+        compared += [file_resource.compare_opened(f, offer.copy_files) for f in offer.opened]
+        blockers += [b for b in compared if b is not None]
         blockers += _directory_blockers(offer)
         blockers += _cpu_blockers(offer)
         blockers += self.network.check(offer.addresses, offer.listeners)

@@ -44,6 +44,7 @@ def rebuild(
     leader = state.threads[0]
     own_pid = leader.tid
     notices: list[Notice] = []
+    context.elapsed_ns = max(0, time.monotonic_ns() + delta - state.captured_at)
     ptrace.set_sigmask(shadow.pid, _BLOCKED)
     executable = _descriptors(shadow, message, context, open_file(state.executable))
     phases.mark("descriptors")
@@ -156,19 +157,23 @@ def _thread(shadow: Shadow, thread: ThreadState, state: ProcessState, own_pid: i
         batch.call("dumpable", NR_prctl, identity.PR_SET_DUMPABLE, min(state.dumpable, 1))
     threads.restore_rseq(batch, thread)
     shadow.run(tid, batch)
-    if thread.remaining_ns is not None:
+    if waits.interrupted(thread.registers):
         thread.registers = _wait_again(shadow, tid, thread)
 
 
 def _wait_again(shadow: Shadow, tid: int, thread: ThreadState) -> Registers:
-    """Give a thread the restart block of its interrupted wait; the registers with which it goes on."""
+    """Give a thread the restart block of its interrupted wait; the registers with which it goes on.
+
+    A wait for an absolute time needs none: it is run again.
+    """
     captured = thread.registers
+    if thread.remaining_ns is None:
+        return arch.rerun(captured)
     batch = shadow.batch()
-    place = batch.put(waits.timespec(thread.remaining_ns or 0))
-    number, *arguments = waits.call_with(captured, thread.remaining_ns or 0, place)
-    batch.call("wait", number, *arguments)
-    result = shadow.start_waiting(tid, batch)
-    if result is None:
+    place = batch.put(waits.timespec(thread.remaining_ns))
+    number, *arguments = waits.call_with(captured, thread.remaining_ns, place)
+    result = shadow.interrupted_call(tid, batch, number, arguments)
+    if result == -arch.ERESTART_RESTARTBLOCK:
         return captured
     finished = arch.outside_syscall(captured)
     finished.rax = result & ALL_SIGNALS

@@ -140,11 +140,8 @@ def _process_blockers(pid: int, status: dict[str, str]) -> list[Blocker]:
 
 def _other_task_settings(pid: int) -> bool:
     names = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb", "NoNewPrivs")
-    seen = set()
-    for tid in procfs.threads(pid):
-        status = procfs.status(pid, tid)
-        seen.add(tuple(status.get(n, "") for n in names))
-    return len(seen) > 1
+    statuses = procfs.each_thread(pid, lambda tid: procfs.status(pid, tid))
+    return len({tuple(status.get(n, "") for n in names) for status in statuses}) > 1
 
 
 def _namespace_blockers(pid: int) -> list[Blocker]:

@@ -24,7 +24,7 @@ from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE
 from agent.kernel.memory import IOV_MAX, MemoryFault, RemoteMemory, address_of
 from agent.layout import Flag, Mapping
-from agent.tracee import SCRATCH_SIZE, TABLE, Batch, Tracee, wait_event_stop, wait_until
+from agent.tracee import SCRATCH_SIZE, Batch, Tracee, wait_event_stop
 
 MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02
@@ -316,23 +316,20 @@ class Shadow(Tracee):
 
     # --- the end of construction ---
 
-    def start_waiting(self, tid: int, batch: Batch) -> int | None:
-        """Let a thread run a batch of one waiting call and interrupt it in there; None: it waits.
-
-        If the wait ended instead, its result.
-        """
-        self._load(batch.calls, batch.data)
-        start = arch.batch_registers(ptrace.get_registers(tid), self.code, self.scratch + TABLE, 1)
-        ptrace.set_registers(tid, start)
-        while True:
-            ptrace.cont(tid)
-            ptrace.interrupt(tid)
-            status = wait_until(tid, time.monotonic() + 5)
-            registers = ptrace.get_registers(tid)
-            if ptrace.event(status) != ptrace.PTRACE_EVENT_STOP:
-                return self._results(1)[0]
-            if registers.result == -arch.ERESTART_RESTARTBLOCK:
-                return None
+    def interrupted_call(self, tid: int, batch: Batch, number: int, arguments: Sequence[int]) -> int:
+        """Let a thread make a call that would wait, with an interruption pending from its entry on; the result."""
+        self.load_data(batch)
+        at = self.code + arch.find_syscall_offset(self.runner_code())
+        registers = ptrace.get_registers(tid)
+        ptrace.set_registers(tid, arch.syscall_registers(registers, at, number, tuple(arguments)))
+        ptrace.to_syscall(tid)
+        ptrace.wait(tid)
+        ptrace.interrupt(tid)
+        ptrace.cont(tid)
+        wait_event_stop(tid, time.monotonic() + 5)
+        result = ptrace.get_registers(tid).result
+        ptrace.set_registers(tid, registers)
+        return result
 
     def leave_scratch(self) -> None:
         """Close the channel and unmap the scratch: from here on the process has nothing of ours."""

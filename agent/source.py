@@ -40,7 +40,7 @@ from agent.api import Blocker as ApiBlocker
 from agent.clocks import measure_delta
 from agent.descriptors import SourceProcess
 from agent.freeze import FrozenProcess
-from agent.kernel import userfaultfd
+from agent.kernel import procfs, userfaultfd
 from agent.network import SourceNetwork
 from agent.precopy import Convergence, Decision, Measured
 from agent.protocol import Link, PeerFailed
@@ -229,9 +229,7 @@ class Migration:
     def _offer(self, found: inventory.Inventory) -> protocol.Offer:
         assert self.process is not None
         pid = self.request.pid
-        numbers = tuple(inventory.own_number(pid, tid) for tid in found.tids)
-        from agent.kernel import procfs
-
+        numbers = tuple(procfs.each_thread(pid, lambda tid: inventory.own_number(pid, tid)))
         return protocol.Offer(
             host=platform.node(),
             pid=inventory.own_number(pid, pid),

@@ -208,7 +208,9 @@ class Tracee:
     def _run_part(
         self, tid: int, batch: Batch, calls: list[tuple[int, ...]], saved: Registers, with_data: bool
     ) -> list[int]:
-        self._load(calls, batch.data if with_data else b"")
+        self._write(TABLE, b"".join(_ENTRY.pack(*call, 0) for call in calls))
+        if with_data:
+            self.load_data(batch)
         start = arch.batch_registers(saved, self.code, self.scratch + TABLE, len(calls))
         if self.fragile:
             self._run_parked(tid, start, saved)
@@ -216,10 +218,10 @@ class Tracee:
             self._run_trapped(tid, start)
         return self._results(len(calls))
 
-    def _load(self, calls: list[tuple[int, ...]], data: bytes | bytearray) -> None:
-        self._write(TABLE, b"".join(_ENTRY.pack(*call, 0) for call in calls))
-        if data:
-            self._write(DATA, bytes(data))
+    def load_data(self, batch: Batch) -> None:
+        """Write the data that a batch's arguments point to."""
+        if batch.data:
+            self._write(DATA, bytes(batch.data))
 
     def _results(self, count: int) -> list[int]:
         at = self.scratch + TABLE

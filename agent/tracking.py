@@ -81,7 +81,7 @@ class Tracker:
                 inverted=PAGE_IS_WPALLOWED,
             )
             self._sort(others, result)
-        return Scan(*(without(sorted(r), excluded) for r in (result.present, result.written, result.guards)))
+        return Scan(*(without(merged(r), excluded) for r in (result.present, result.written, result.guards)))
 
     def _sort(self, regions: object, into: Scan) -> None:
         for region in regions:  # type: ignore[attr-defined]
@@ -110,6 +110,17 @@ def _guard_supported(pagemap: Pagemap) -> int:
     except OSError:
         return 0
     return PAGE_IS_GUARD
+
+
+def merged(ranges: Sequence[Range]) -> list[Range]:
+    """The same pages in order and without overlap: a mapping replaced between two walks is in both."""
+    result: list[Range] = []
+    for start, end in sorted(ranges):
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(end, result[-1][1]))
+        else:
+            result.append((start, end))
+    return result
 
 
 def without(ranges: Sequence[Range], excluded: Sequence[Range]) -> list[Range]:

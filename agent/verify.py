@@ -1,8 +1,8 @@
 """`--verify`: is the shadow what the frozen source is? Every page by digest, every mapping, every register.
 
 The source digests what it has present; the destination the same ranges of the shadow, and it makes sure that whatever
-else the shadow has is zero. The kernel writes into a thread's rseq area whenever it returns to user mode, on either host:
-those bytes are left out.
+else the shadow has is zero. The kernel writes into a thread's rseq area whenever it returns to user mode, on either host,
+and the rest of an interrupted sleep to where the program wants it: those bytes are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from agent.kernel.arch.x86_64 import PAGE
 from agent.kernel.memory import RemoteMemory
 from agent.pageset import Range, pages_in
 from agent.protocol import Link, Verified, Verify
+from agent.resources import waits
+from agent.state import ThreadState
 
 if TYPE_CHECKING:
     from agent.freeze import FrozenProcess
@@ -53,7 +55,7 @@ def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
 def verify(link: Link, frozen: FrozenProcess, rounds: Rounds) -> int:
     """Compare everything with the shadow; pages compared. Mismatch names the first difference."""
     assert frozen.pending is not None and frozen.state is not None
-    masked = [(t.rseq[0], t.rseq[0] + t.rseq[1]) for t in frozen.state.process.threads if t.rseq[0]]
+    masked = _written_by_kernel(frozen.state.process.threads)
     present = [r for r in frozen.pending.present.ranges() if _mapped(r, rounds)]
     batch: list[tuple[int, int, bytes]] = []
     for start, end in pieces(present):
@@ -63,6 +65,12 @@ def verify(link: Link, frozen: FrozenProcess, rounds: Rounds) -> int:
             batch = []
     _compare(link, Verify(pieces=batch, masked=masked, last=True, present=present))
     return pages_in(present)
+
+
+def _written_by_kernel(threads: Sequence[ThreadState]) -> list[Range]:
+    rseq = [(t.rseq[0], t.rseq[0] + t.rseq[1]) for t in threads if t.rseq[0]]
+    sleeps = [waits.remainder_at(t.registers) for t in threads]
+    return rseq + [s for s in sleeps if s is not None]
 
 
 def _mapped(found: Range, rounds: Rounds) -> bool:

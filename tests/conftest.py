@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.lab.fixture import Lab
+from lab.fixture import Lab
 
 
 @pytest.fixture(scope="session")

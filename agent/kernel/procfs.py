@@ -5,11 +5,14 @@ A process that is gone is ProcessLookupError, from every function here.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2
@@ -135,11 +138,18 @@ def threads(pid: int) -> list[int]:
         raise ProcessLookupError(3, "no such process", f"pid {pid}") from None
 
 
-def children(pid: int) -> list[int]:
-    found: list[int] = []
+def each_thread(pid: int, look: Callable[[int], T]) -> list[T]:
+    """`look(tid)` for each thread; those that end meanwhile are left out."""
+    found: list[T] = []
     for tid in threads(pid):
-        found += (int(x) for x in read(f"/proc/{pid}/task/{tid}/children").split())
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            found.append(look(tid))
     return found
+
+
+def children(pid: int) -> list[int]:
+    lists = each_thread(pid, lambda tid: read(f"/proc/{pid}/task/{tid}/children").split())
+    return [int(x) for found in lists for x in found]
 
 
 def fds(pid: int) -> dict[int, str]:

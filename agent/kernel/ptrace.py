@@ -21,6 +21,7 @@ PTRACE_SINGLESTEP: Final = 9
 PTRACE_GETREGS: Final = 12
 PTRACE_SETREGS: Final = 13
 PTRACE_DETACH: Final = 17
+PTRACE_SYSCALL: Final = 24
 PTRACE_SETOPTIONS: Final = 0x4200
 PTRACE_GETEVENTMSG: Final = 0x4201
 PTRACE_GETSIGINFO: Final = 0x4202
@@ -87,6 +88,11 @@ def cont(tid: int, signal: int = 0) -> None:
 
 def singlestep(tid: int) -> None:
     _call(PTRACE_SINGLESTEP, tid)
+
+
+def to_syscall(tid: int) -> None:
+    """Go on to the next entry to, or exit from, a syscall."""
+    _call(PTRACE_SYSCALL, tid)
 
 
 def detach(tid: int, signal: int = 0) -> None:

@@ -11,7 +11,7 @@ from agent.kernel.netlink import NETLINK_SOCK_DIAG, Netlink, attributes, dump
 from agent.kernel.tcp_repair import TcpState
 
 SOCK_DIAG_BY_FAMILY = 20
-INET_DIAG_REQ_BYTECODE = 1
+INET_DIAG_INFO = 2
 INET_DIAG_MD5SIG = 18
 ALL_STATES = 0xFFFFFFFF
 
@@ -46,12 +46,17 @@ class SockDiag:
     def close(self) -> None:
         self._netlink.close()
 
-    def sockets(self, family: int, protocol: int, states: int = ALL_STATES) -> Iterator[SocketEntry]:
+    def sockets(
+        self, family: int, protocol: int, states: int = ALL_STATES, details: bool = False
+    ) -> Iterator[SocketEntry]:
         """All sockets of one family and protocol in one of `states` (bits 1 << TcpState).
+
+        `md5` is known only with `details` (newer kernels tell of keys only together with INET_DIAG_INFO).
 
         OSError ENOENT: this kernel cannot list that protocol.
         """
-        payload = _REQUEST.pack(family, protocol, 0, states) + _NO_ID
+        extensions = 1 << INET_DIAG_INFO - 1 if details else 0
+        payload = _REQUEST.pack(family, protocol, extensions, states) + _NO_ID
         for _, body in dump(self._netlink, SOCK_DIAG_BY_FAMILY, payload, "socket list"):
             yield _entry(protocol, body)
 

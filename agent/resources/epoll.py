@@ -16,7 +16,7 @@ import msgspec
 from agent.api import Blocker
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.kernel.arch import x86_64 as arch
-from agent.kernel.errors import libc
+from agent.kernel.errors import check, libc
 from agent.kernel.pidfd import KCMP_EPOLL_TFD, NR_kcmp
 from agent.tracee import Batch
 
@@ -78,9 +78,7 @@ def stale(files: list[OpenFile], pid: int) -> list[str]:
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
-    import select
-
-    return os.dup(select.epoll().fileno())
+    return check(libc.epoll_create1(os.O_CLOEXEC), "epoll")
 
 
 def add_entries(batch: Batch, fd: int, state: State) -> None:

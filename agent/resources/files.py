@@ -29,6 +29,7 @@ class FileRef(msgspec.Struct, frozen=True):
     mode: int
     digest: bytes = b""  # SHA-256
     build_id: str = ""
+    identity: tuple[int, int] = (0, 0)  # file system id and inode: equal on two hosts only if the file system is shared
 
 
 def digest(fd: int) -> bytes:
@@ -59,9 +60,27 @@ def describe(path: str, through: str) -> FileRef:
     fd = os.open(through, os.O_RDONLY | os.O_CLOEXEC)
     try:
         info = os.fstat(fd)
-        return FileRef(path, info.st_size, stat.S_IMODE(info.st_mode), digest(fd))
+        mode = stat.S_IMODE(info.st_mode)
+        return FileRef(path, info.st_size, mode, digest(fd), identity=_identity(fd, info))
     finally:
         os.close(fd)
+
+
+def _identity(fd: int, info: os.stat_result) -> tuple[int, int]:
+    return os.fstatvfs(fd).f_fsid, info.st_ino
+
+
+def compare_opened(file: FileRef, copy_files: bool) -> Blocker | None:
+    """The same for a file that the process has open and may be writing: on a shared file system it may differ by now."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return compare(file, copy_files)
+    try:
+        shared = _identity(fd, os.fstat(fd)) == file.identity
+    finally:
+        os.close(fd)
+    return None if shared else compare(file, copy_files)
 
 
 def compare(file: FileRef, copy_files: bool) -> Blocker | None:

@@ -76,6 +76,7 @@ def restore_credentials(batch: Batch, wanted: Credentials, now: Credentials) -> 
     batch.call("setresuid", arch.NR_setresuid, *wanted.uids[:3])
     batch.call("setfsuid", arch.NR_setfsuid, wanted.uids[3])
     _restore_capabilities(batch, wanted)
+    batch.call("keep capabilities", prctl, PR_SET_KEEPCAPS, wanted.securebits >> 4 & 1, optional=True)
     if wanted.no_new_privs:
         batch.call("no_new_privs", prctl, PR_SET_NO_NEW_PRIVS, 1)
 

@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
+
 from agent.api import Blocker
 from agent.kernel import procfs
 from agent.kernel.procfs import MapsLine
@@ -74,7 +76,7 @@ class FileTable:
 
     def with_build_ids(self) -> list[FileRef]:
         """For better messages at the other end."""
-        return [FileRef(r.path, r.size, r.mode, r.digest, build_id(r.path)) for r in self.refs]
+        return [msgspec.structs.replace(r, build_id=build_id(r.path)) for r in self.refs]
 
 
 def specials(lines: Sequence[MapsLine]) -> list[Special]:
@@ -82,8 +84,19 @@ def specials(lines: Sequence[MapsLine]) -> list[Special]:
 
 
 def _ordinary(lines: Sequence[MapsLine], ours: tuple[int, int]) -> list[MapsLine]:
-    """Without vDSO, vsyscall and our own scratch."""
-    return [m for m in lines if m.name not in (*_SPECIALS, "[vsyscall]") and not ours[0] <= m.start < ours[1]]
+    """Without vDSO, vsyscall and our own scratch, which the kernel may have merged with a neighbour."""
+    found: list[MapsLine] = []
+    for line in lines:
+        if line.name in (*_SPECIALS, "[vsyscall]"):
+            continue
+        if line.end <= ours[0] or line.start >= ours[1]:
+            found.append(line)
+            continue
+        if line.start < ours[0]:
+            found.append(msgspec.structs.replace(line, end=ours[0]))
+        if line.end > ours[1]:
+            found.append(msgspec.structs.replace(line, start=ours[1]))
+    return found
 
 
 def layout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -23,6 +24,7 @@ _FLAGS: Final = os.O_ACCMODE | os.O_NONBLOCK | os.O_DIRECT
 class State(msgspec.Struct, frozen=True):
     inode: int  # on the source: the ends of one pipe have it in common
     path: str  # of a FIFO; "" for a pipe
+    mode: int  # of a FIFO
     flags: int
     capacity: int
     content: bytes
@@ -85,7 +87,8 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
     readable = file.flags & os.O_ACCMODE != os.O_WRONLY
     path = "" if file.link.startswith("pipe:[") else file.link
     capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-    return State(file.inode, path, file.flags & _FLAGS, capacity, _peek(fd, capacity) if readable else b"")
+    mode = stat.S_IMODE(file.mode)
+    return State(file.inode, path, mode, file.flags & _FLAGS, capacity, _peek(fd, capacity) if readable else b"")
 
 
 def _peek(fd: int, capacity: int) -> bytes:
@@ -112,7 +115,8 @@ def rebuild(state: State, context: Rebuilding) -> int:
     if key not in context.shared:
         context.shared[key] = _create(state)
     ends = context.shared[key]
-    if state.content:
+    if state.content and key not in context.filled:
+        context.filled.add(key)
         _fill(ends[1], state.content)
     mode = state.flags & os.O_ACCMODE
     end = ends[0] if mode == os.O_RDONLY else ends[1]
@@ -125,6 +129,8 @@ def rebuild(state: State, context: Rebuilding) -> int:
 
 def _create(state: State) -> tuple[int, int]:
     if state.path:
+        with contextlib.suppress(FileExistsError):  # a FIFO is only a name: one that is missing is made
+            os.mkfifo(state.path, state.mode)
         reading = os.open(state.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         writing = os.open(state.path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     else:

@@ -13,6 +13,7 @@ import msgspec
 
 from agent.api import Blocker
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
+from agent.kernel import procfs
 from agent.kernel.errors import check, libc
 
 NAME: Final = "timerfd"
@@ -46,7 +47,10 @@ def _nanoseconds(text: str) -> int:
 
 
 def capture(file: OpenFile, process: SourceProcess) -> State:
-    info = dict(file.info)
+    # a periodic timer that expired stands still until somebody asks: asking counts its ticks and sets it going again
+    ours = process.duplicate(file.fd)
+    check(libc.timerfd_gettime(ours, ctypes.create_string_buffer(32)), file.name)
+    info = dict(procfs.fdinfo(os.getpid(), ours))
     return State(
         clock=int(info["clockid"]),
         ticks=int(info["ticks"]),
@@ -60,11 +64,24 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
 def rebuild(state: State, context: Rebuilding) -> int:
     """Relative to now, so that no clock offset matters; only cancel-on-set insists on an absolute time."""
     fd = check(libc.timerfd_create(state.clock, os.O_CLOEXEC | state.flags), "timerfd")
+    state, expired = after(state, context.elapsed_ns)
     if state.remaining_ns:
         _arm(fd, state)
-    if state.ticks:
-        fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("<Q", state.ticks))
+    if state.ticks + expired:
+        fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("<Q", state.ticks + expired))
     return fd
+
+
+def after(state: State, elapsed_ns: int) -> tuple[State, int]:
+    """The timer `elapsed_ns` later, and how often it expired meanwhile; its phase is kept."""
+    remaining = state.remaining_ns
+    if not remaining or elapsed_ns < remaining:
+        left = remaining - elapsed_ns if remaining else 0
+        return msgspec.structs.replace(state, remaining_ns=left), 0
+    if not state.interval_ns:
+        return msgspec.structs.replace(state, remaining_ns=0), 1
+    times, over = divmod(elapsed_ns - remaining, state.interval_ns)
+    return msgspec.structs.replace(state, remaining_ns=state.interval_ns - over), times + 1
 
 
 def _arm(fd: int, state: State) -> None:

@@ -38,7 +38,7 @@ def ask_itimers(batch: Batch) -> Callable[[Outcome], tuple[bytes, bytes, bytes]]
 
 def restore_itimers(batch: Batch, timers: tuple[bytes, bytes, bytes], elapsed_ns: int) -> None:
     for which, timer in enumerate(timers):
-        if any(timer[16:]):
+        if any(timer):
             setting = _later(timer, elapsed_ns if which == 0 else 0, unit=1000)
             batch.call("setitimer", arch.NR_setitimer, which, batch.put(setting), 0)
 
@@ -46,9 +46,9 @@ def restore_itimers(batch: Batch, timers: tuple[bytes, bytes, bytes], elapsed_ns
 def _later(setting: bytes, elapsed_ns: int, unit: int) -> bytes:
     """An interval and value (seconds, 1/unit of nanoseconds) after `elapsed_ns` more; never disarmed by that."""
     interval_s, interval_f, value_s, value_f = _PAIR.unpack(setting)
-    remaining = value_s * 1_000_000_000 + value_f * unit
-    if remaining:
-        remaining = max(remaining - elapsed_ns, unit)
+    # with an interval and no value the signal is queued, and the kernel arms it again when that is taken
+    remaining = value_s * 1_000_000_000 + value_f * unit or interval_s * 1_000_000_000 + interval_f * unit
+    remaining = max(remaining - elapsed_ns, unit)
     return _PAIR.pack(interval_s, interval_f, remaining // 1_000_000_000, remaining % 1_000_000_000 // unit)
 
 

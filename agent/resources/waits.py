@@ -11,6 +11,7 @@ it must be read before the thread is stopped.
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import Final
 
@@ -21,6 +22,9 @@ from agent.kernel.arch.x86_64 import Registers
 from agent.kernel.memory import RemoteMemory
 
 MARGIN: Final = 50_000_000  # nanoseconds
+_LOOK_BACK: Final = 48
+_MOV_EAX: Final = re.compile(rb"(?s)\xb8(.{4})")
+_RESTARTED: Final = frozenset({arch.NR_poll, arch.NR_nanosleep, arch.NR_clock_nanosleep, arch.NR_futex})
 _TIMESPEC: Final = struct.Struct("<qq")
 _FUTEX_CMD_MASK: Final = ~0x180  # FUTEX_PRIVATE_FLAG | FUTEX_CLOCK_REALTIME
 _FUTEX_WAIT: Final = 0
@@ -28,6 +32,21 @@ _FUTEX_WAIT: Final = 0
 
 def interrupted(registers: Registers) -> bool:
     return registers.syscall is not None and registers.result == -arch.ERESTART_RESTARTBLOCK
+
+
+def identified(registers: Registers, memory: RemoteMemory) -> Registers:
+    """Registers in which an already restarted wait shows its own number again instead of restart_syscall's.
+
+    The kernel forgets the number; the code before the syscall instruction has it (mov eax, number). ValueError if not.
+    """
+    if registers.syscall != arch.NR_restart_syscall:
+        return registers
+    code = memory.read(registers.rip - 2 - _LOOK_BACK, _LOOK_BACK)
+    found = [(m.start(), int.from_bytes(m[1], "little")) for m in _MOV_EAX.finditer(code)]
+    known = [number for _, number in found if number in _RESTARTED]
+    if not known:
+        raise ValueError(f"a wait at {registers.rip:#x} was interrupted before, and its call is not known")
+    return msgspec.structs.replace(registers, orig_rax=known[-1])
 
 
 class Asleep(msgspec.Struct, frozen=True):
@@ -54,7 +73,11 @@ def requested_ns(registers: Registers, memory: RemoteMemory) -> int | None:
         return (registers.rdx & 0xFFFFFFFF) * 1_000_000
     if address is None:
         return None
-    seconds, nanoseconds = _TIMESPEC.unpack(memory.read(address, 16))
+    return _read_timespec(memory, address)
+
+
+def _read_timespec(memory: RemoteMemory, address: int) -> int:
+    seconds, nanoseconds = _TIMESPEC.unpack(memory.read(address, _TIMESPEC.size))
     return int(seconds * 1_000_000_000 + nanoseconds)
 
 
@@ -79,6 +102,9 @@ def remaining_ns(
     """
     if not interrupted(registers):
         return None
+    written = remainder_at(registers)
+    if written is not None:  # the kernel has said it itself (and may have overwritten the request by that)
+        return _read_timespec(memory, written[0])
     requested = requested_ns(registers, memory)
     if requested is None or before is None or after is None or now is None:
         return requested
@@ -86,6 +112,12 @@ def remaining_ns(
         return requested
     elapsed = int((now.since - before.since) * 1e6) - MARGIN
     return max(0, requested - max(0, elapsed))
+
+
+def remainder_at(registers: Registers) -> tuple[int, int] | None:
+    """Where the kernel writes what is left of an interrupted sleep (nanosleep(2)): it does again when that is rebuilt."""
+    address = {arch.NR_nanosleep: registers.rsi, arch.NR_clock_nanosleep: registers.r10}.get(registers.orig_rax)
+    return (address, address + _TIMESPEC.size) if address and interrupted(registers) else None
 
 
 def call_with(registers: Registers, remaining: int, timespec_at: int) -> tuple[int, ...]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support import Hosts, Place
+
+pytest.register_assert_rewrite("e2e.support", "e2e.redis_session")
+
+from e2e.support import Hosts, Place  # noqa: E402 - its assertions are rewritten from here on
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,9 @@ import json
 import subprocess
 from typing import Any
 
-from support import PROGRAMS, SERVICE, Hosts, Moved, Place, wait_for
+from e2e.support import SERVICE, Hosts, Moved, Place
+from lab.fixture import until
+from programs.status import PROGRAMS
 
 PORT = 6379
 LOAD = PROGRAMS / "redis_load.py"
@@ -22,7 +24,7 @@ class RedisSession:
         self.clients: subprocess.Popen[str] | None = None
         lab.run("alpha", "ip", "address", "add", f"{SERVICE}/24", "dev", "eth0")
         self.server = Moved(lab, "alpha", self._start_server())
-        wait_for(lambda: lab.ask("client", *self._cli("PING")).stdout == "PONG\n", "redis-server")
+        until(lambda: lab.ask("client", *self._cli("PING")).stdout == "PONG\n", "redis-server")
         self.before = self.info()
 
     def _start_server(self) -> int:
@@ -67,13 +69,13 @@ class RedisSession:
         self.clients = self.lab.attend(
             "client", LOAD, "run", f"{SERVICE}:{PORT}", "--state", self.state, *options
         )
-        wait_for(ready.exists, "the clients' connections", 60)
+        until(ready.exists, "the clients' connections", 60)
         self.wait_for_commands(2000)
 
     def wait_for_commands(self, count: int) -> None:
         """Until the server has answered so many more."""
         begin = int(self.info()["total_commands_processed"])
-        wait_for(
+        until(
             lambda: int(self.info()["total_commands_processed"]) > begin + count, "the clients' commands", 60
         )
 

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import TypeVar
 
 CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
 T = TypeVar("T")
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(result: int) -> None:
     if result:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno))
+
+
+def _current() -> int:
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = 20.0) -> T:
@@ -34,30 +38,28 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = 20.0) -> T:
 
 
 class Host:
-    """A network namespace. `with host:` puts this thread into it."""
+    """A network namespace. `with host:` puts the calling thread into it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._before = threading.local()
+        before = _current()
         try:
             _call(_libc.unshare(CLONE_NEWNET))
-            self._fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = _current()
         finally:
             _call(_libc.setns(before, CLONE_NEWNET))
             os.close(before)
-        self._local = threading.local()
         self.run("ip", "link", "set", "lo", "up")
 
     def __enter__(self) -> Host:
-        self._local.stack = [
-            *getattr(self._local, "stack", []),
-            os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC),
-        ]
-        _call(_libc.setns(self._fd, CLONE_NEWNET))
+        before = _current()
+        _call(_libc.setns(self.fd, CLONE_NEWNET))
+        self._before.stack = [*getattr(self._before, "stack", []), before]
         return self
 
     def __exit__(self, *_: object) -> None:
-        before = self._local.stack.pop()
+        before = self._before.stack.pop()
         _call(_libc.setns(before, CLONE_NEWNET))
         os.close(before)
 
@@ -67,31 +69,35 @@ class Host:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
-    def sysctl(self, name: str, value: str | None = None) -> str:
-        path = Path("/proc/sys/net", name.replace(".", "/"))
+    def sysctl(self, name: str, value: str) -> None:
         with self:
-            if value is not None:
-                path.write_text(value)
-            return path.read_text().strip()
+            Path("/proc/sys/net", name.replace(".", "/")).write_text(value)
 
     def counter(self, name: str) -> int:
         """A counter of /proc/net/snmp or netstat, as "Tcp.OutRsts"."""
         group, _, field = name.partition(".")
         with self:
-            text = Path("/proc/thread-self/net/snmp").read_text() + Path("/proc/thread-self/net/netstat").read_text()
+            text = "".join(Path("/proc/thread-self/net", file).read_text() for file in ("snmp", "netstat"))
         rows = [line.split() for line in text.splitlines() if line.startswith(group + ":")]
         return int(dict(zip(rows[0], rows[1], strict=True))[field])
 
-    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
+    def socket(self, family: int = socket.AF_INET, protocol: int = 0) -> socket.socket:
+        """A TCP socket; nothing that waits on it waits for ever."""
         with self:
-            return socket.socket(family, kind, protocol)
+            made = socket.socket(family, socket.SOCK_STREAM, protocol)
+        made.settimeout(20)
+        return made
 
     def mac(self) -> str:
-        with self:
-            return Path("/proc/thread-self/net/dev") and self.run("cat", "/sys/class/net/eth0/address").strip()
+        return self.run("ip", "-o", "link", "show", "eth0").partition("link/ether ")[2].split()[0]
+
+    def neighbour(self, address: str) -> str:
+        """The hardware address that this host believes `address` is at."""
+        words = self.run("ip", "neigh", "show", address).split()
+        return words[words.index("lladdr") + 1] if "lladdr" in words else ""
 
     def close(self) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 class Segment:
@@ -99,23 +105,21 @@ class Segment:
 
     def __init__(self, *names: str) -> None:
         self.switch = Host("switch")
+        self.hosts: list[Host] = []
         self.switch.run("ip", "link", "add", "br0", "type", "bridge")
         self.switch.run("ip", "link", "set", "br0", "up")
-        self.hosts = [self._attach(name, number) for number, name in enumerate(names, 1)]
+        for number, name in enumerate(names, 1):
+            self.hosts.append(Host(name))
+            self._attach(self.hosts[-1], number)
 
-    def _attach(self, name: str, number: int) -> Host:
-        host = Host(name)
-        pair = f"port{number}"
-        self.switch.run(
-            "ip", "link", "add", pair, "type", "veth", "peer", "name", "eth0",
-            "netns", f"/proc/{os.getpid()}/fd/{host._fd}",
-        )  # fmt: skip
-        self.switch.run("ip", "link", "set", pair, "master", "br0", "up")
-        host.sysctl("ipv6.conf.eth0.accept_dad", "0")
+    def _attach(self, host: Host, number: int) -> None:
+        port, target = f"port{number}", f"/proc/{os.getpid()}/fd/{host.fd}"
+        peer = ["type", "veth", "peer", "name", "eth0", "netns", target]
+        self.switch.run("ip", "link", "add", port, *peer)
+        self.switch.run("ip", "link", "set", port, "master", "br0", "up")
         host.run("ip", "link", "set", "eth0", "up")
         host.run("ip", "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
         host.run("ip", "addr", "add", f"fd77::{number}/64", "dev", "eth0", "nodad")
-        return host
 
     def close(self) -> None:
         for host in [*self.hosts, self.switch]:

@@ -6,40 +6,35 @@ in the hosts themselves.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from lab.fixture import Lab
-from programs.status import BUILD, PROGRAMS, build, read_status, wait_for_status
-
-__all__ = ["BUILD", "PROGRAMS"]
+from lab.fixture import Lab, until
+from programs.status import BUILD, build, read_status, wait_for_status
 
 FULL = os.environ.get("MIGRATE_TEST_FULL") == "1"
 SERVICE = "10.77.0.100"
 DONE, USAGE, REFUSED, ROLLED_BACK, IN_DOUBT, UNREACHABLE = 0, 2, 3, 4, 5, 6
 
-Answer = TypeVar("Answer")
-
-
-def wait_for(condition: Callable[[], Answer], what: str, deadline: float = 30) -> Answer:
-    """The first true answer of `condition`."""
-    end = time.monotonic() + deadline
-    while not (answer := condition()):
-        assert time.monotonic() < end, f"waited {deadline} s for {what}"
-        time.sleep(0.05)
-    return answer
-
 
 class Hosts(Lab):
     """A lab, asked the way these tests ask; arguments may be anything that has a text."""
+
+    def up(self) -> None:
+        self.numbers = itertools.count()
+        self.outputs = Path(tempfile.mkdtemp(prefix="output-", dir=build()))
+        super().up()
+
+    def down(self) -> None:
+        super().down()
+        shutil.rmtree(self.outputs, ignore_errors=True)
 
     def ask(self, host: str, *command: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command in a host, whatever its exit status."""
@@ -50,8 +45,12 @@ class Hosts(Lab):
         return self.exec(host, *map(str, command), timeout=timeout).stdout
 
     def start(self, host: str, *command: object) -> int:
-        """Start a command detached; its pid as the host sees it."""
-        return self.spawn(host, *map(str, command))
+        """Start a command detached; its pid as the host sees it. Its output is a file that every host has."""
+        output = self.outputs / f"{next(self.numbers)}.log"
+        words = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(output), *map(str, command)]
+        pid = self.spawn(host, *words)
+        until(lambda: self.ask(host, "cat", f"/proc/{pid}/comm").stdout != "sh\n", f"{command[0]} runs")
+        return pid
 
     def attend(self, host: str, *command: object) -> subprocess.Popen[str]:
         """A command that runs in a host while the test goes on."""
@@ -117,14 +116,14 @@ class Moved:
         return report
 
     def assert_only_here(self, source: str, source_pid: int) -> None:
-        """The new process is in the new host, the old one is gone: by the kernel's word, not the report's."""
-        wait_for(lambda: not self.lab.alive(source, source_pid), f"the end of pid {source_pid} on {source}")
+        """The new process is in the new host, the old one gone: by the kernel's word."""
+        until(lambda: not self.lab.alive(source, source_pid), f"pid {source_pid} on {source} has ended")
         assert self.lab.alive(self.host, self.pid), f"no pid {self.pid} on {self.host}"
         here, its = self.lab.namespaces(self.host), self.lab.namespaces(self.host, self.pid)
         there = self.lab.namespaces(source)
         assert its["net"] == here["net"] != there["net"]
         assert its["mnt"] == here["mnt"] != there["mnt"]
-        # Its clocks are those of its first host, so its time namespace is one of its own, or the first host's.
+        # Its clocks go on as they were: it has a time namespace of its own, or its first host's.
         assert its["time"] != there["time"] or here["time"] == there["time"]
 
     def untraced(self) -> bool:
@@ -164,7 +163,7 @@ class Workload(Moved):
     def end(self) -> dict[str, Any]:
         """Its last word: it checks everything once more. It must end by itself."""
         self.lab.kill(self.host, self.pid, "TERM")
-        wait_for(lambda: not self.lab.alive(self.host, self.pid), "the workload's end", 60)
+        until(lambda: not self.lab.alive(self.host, self.pid), "the workload's end", 60)
         status = read_status(self.status)
         assert status is not None
         assert status["complaints"] == 0, status["first_complaint"]

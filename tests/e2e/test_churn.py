@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import FULL, Hosts, Place, Workload
+from e2e.support import FULL, Hosts, Place, Workload
 
 SEEDS = range(1, 51 if FULL else 7)
 

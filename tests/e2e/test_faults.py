@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
-from support import DONE, ROLLED_BACK, Hosts, Place, Workload, wait_for
+from e2e.support import DONE, ROLLED_BACK, Hosts, Place, Workload
+from lab.fixture import until
 
 # The link is slow, so that pre-copy takes many seconds and the fault comes in the middle of it.
 BANDWIDTH, MEGABYTES, ENOUGH = "100mbit", 160, 8 << 20
@@ -43,7 +44,7 @@ class Interrupted:
         self.before = {host: traces(self.lab, host) for host in ("alpha", "beta")}
         received = self.received()
         self.move = self.lab.attend("alpha", "migrate", "move", self.workload.pid, "beta", "--json")
-        wait_for(lambda: self.received() > received + ENOUGH or self.move.poll() is not None, "pre-copy", 60)
+        until(lambda: self.received() > received + ENOUGH or self.move.poll() is not None, "pre-copy", 60)
         assert self.move.poll() is None, f"the move has ended: {self.move.communicate()}"
 
     def received(self) -> int:
@@ -64,10 +65,10 @@ class Interrupted:
 
     def assert_nothing_left(self) -> None:
         for host in self.before:
-            wait_for(partial(self.is_as_before, host), f"a clean {host}", 90)
+            until(partial(self.is_as_before, host), f"a clean {host}", 90)
 
     def assert_runs_on(self) -> None:
-        wait_for(self.workload.untraced, "the process to be let go")
+        until(self.workload.untraced, "the process to be let go")
         self.workload.assert_well()
 
 
@@ -139,5 +140,5 @@ def test_process_ends(interrupted: Interrupted) -> None:
     """Of itself, in the middle of pre-copy: there is nothing to move, and no copy may come to life."""
     interrupted.lab.kill("alpha", interrupted.workload.pid)
     assert interrupted.outcome() not in (DONE, -1)
-    wait_for(lambda: not interrupted.lab.agents("beta"), "the destination's end")
+    until(lambda: not interrupted.lab.agents("beta"), "the destination's end")
     assert not any("selfcheck" in command for command in interrupted.lab.processes("beta").values())

@@ -1,8 +1,7 @@
-"""The lab itself: its hosts are separate, reach one another, and leave nothing behind."""
+"""The lab itself: its hosts are separate, run what they are told to, and reach one another."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -14,16 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.lab import state
-from tests.lab.fixture import LAB, Lab, until
-from tests.lab.plan import LABS, NAMES, PROJECT, Bandwidth, Host, LabError, Plan
+from lab.fixture import LAB, Lab, command, until
+from lab.plan import NAMES, PROJECT, Bandwidth, LabError, Plan
 
 KINDS = ("net", "mnt", "pid", "uts", "ipc", "cgroup", "time")
-
-
-def command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The lab's command as a person runs it."""
-    return subprocess.run([str(LAB), *arguments], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -156,15 +149,15 @@ def test_a_command_dies_with_the_exec_that_started_it(lab: Lab) -> None:
 def test_commands_start_with_default_signals_and_no_descriptors(lab: Lab) -> None:
     stray, other = os.pipe()
     try:
-        show = "grep -E 'Sig(Blk|Ign|Cgt)' /proc/self/status; ls /proc/self/fd"
+        show = "grep -E 'Sig(Blk|Ign)' /proc/self/status; ls /proc/self/fd"
         line = ["exec", "--name", lab.name, "alpha", "--", "bash", "-c", show]
         done = command(*line, pass_fds=[stray, other])
     finally:
         os.close(stray)
         os.close(other)
     words = done.stdout.split()
-    assert words[1:6:2] == ["0" * 16] * 3
-    assert words[6:] == ["0", "1", "2", "3"]  # 3 is what ls reads the directory by
+    assert words[1:4:2] == ["0" * 16] * 2
+    assert words[4:] == ["0", "1", "2", "3"]  # 3 is what ls reads the directory by
 
 
 # Detached commands
@@ -377,7 +370,8 @@ def test_hosts_reach_one_another_by_ssh_without_questions(lab: Lab, tool: str) -
 
 def test_a_host_whose_key_is_not_the_known_one_is_not_trusted(lab: Lab) -> None:
     """So that the trust between hosts is shown to rest on their keys."""
-    lab.exec("client", "sh", "-c", "sed 's/^beta,[^ ]*/other/; s/^alpha,/beta,/' ~/.ssh/known_hosts > /tmp/known")
+    forged = "sed 's/^beta,[^ ]*/other/; s/^alpha,/beta,/' ~/.ssh/known_hosts > /tmp/known"
+    lab.exec("client", "sh", "-c", forged)
     line = ["ssh", "-o", "UserKnownHostsFile=/tmp/known", "-o", "BatchMode=yes", "beta", "true"]
     done = lab.exec("client", *line, check=False)
     assert done.returncode == 255 and "verification failed" in done.stderr
@@ -399,7 +393,7 @@ def test_labs_do_not_see_one_another(lab: Lab) -> None:
         refused = other.exec("client", "python3", "-c", SEND, "alpha", "7103", "10", check=False)
         assert "ConnectionRefusedError" in refused.stderr
         mine, theirs = (each.exec("client", "cat", "/root/.ssh/known_hosts").stdout for each in (lab, other))
-        assert not set(mine.split()[2::3]) & set(theirs.split()[2::3])
+        assert not set(re.findall(r"AAAA\S+", mine)) & set(re.findall(r"AAAA\S+", theirs))
         assert other.exec("beta", "true", check=False).returncode == 125
     assert send(lab, "client", "alpha", 7103, 10) > 0  # it is not touched by the other's end
     lab.exec("alpha", "kill", str(pid))
@@ -411,176 +405,7 @@ def test_a_lab_that_is_up_is_not_raised_again(lab: Lab) -> None:
     assert lab.exec("alpha", "hostname").stdout == "alpha\n"
 
 
-# Nothing is left behind
-
-
-def members(name: str) -> list[int]:
-    """A lab's `up`, supervisor and hosts' first processes, found by their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if name.encode() in words and str(LAB).encode() in words:
-                found.append(int(entry.name))
-    return found
-
-
-class Traces:
-    """What a lab that is up might leave. Holds its namespaces, so that no others get their numbers."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.mounts = Path("/proc/self/mountinfo").read_text()
-        self._pins = [
-            os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for pid in members(name) for kind in KINDS
-        ]
-        ours = {os.stat(f"/proc/self/ns/{kind}").st_ino for kind in KINDS}
-        self.namespaces = {os.fstat(pin).st_ino for pin in self._pins} - ours
-
-    def left(self) -> dict[str, list[str]]:
-        """What is there of it, by kind; empty lists if nothing is. Ends the watch."""
-        found = {
-            "members": [str(each) for each in members(self.name)],
-            "processes": self._links("ns"),
-            "descriptors": self._links("fd"),
-            "state": [str(each) for each in LABS.glob(f"*{self.name}*")],
-            "mounts": [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "nsfs" in line],
-        }
-        for pin in self._pins:
-            os.close(pin)
-        return {kind: those for kind, those in found.items() if those}
-
-    def _links(self, directory: str) -> list[str]:
-        """Links of other processes that lead to our namespaces."""
-        found = []
-        for link in Path("/proc").glob(f"[0-9]*/{directory}/*"):
-            with contextlib.suppress(OSError):
-                number = re.fullmatch(r"\w+:\[(\d+)\]", os.readlink(link))
-                if number and int(number[1]) in self.namespaces:
-                    found.append(str(link))
-        return [link for link in found if not link.startswith(f"/proc/{os.getpid()}/")]
-
-
-def busy(raised: Lab) -> Traces:
-    """Give a lab something to leave behind, and note what it is made of."""
-    raised.spawn("alpha", "sleep", "1000")
-    raised.spawn("beta", "unshare", "--mount", "--net", "--pid", "--fork", "sleep", "1000")
-    raised.exec("beta", "mount", "-t", "tmpfs", "none", "/mnt")
-    traces = Traces(raised.name)
-    assert len(traces.namespaces) >= 3 * len(KINDS) + 1  # three hosts and the bridge
-    return traces
-
-
-def test_down_leaves_nothing() -> None:
-    mounts = Path("/proc/self/mounts").read_text()
-    devices = Path("/proc/net/dev").read_text().count(":")
-    with Lab("leaves") as raised:
-        traces = busy(raised)
-    assert traces.left() == {}
-    assert Path("/proc/self/mounts").read_text() == mounts
-    assert Path("/proc/net/dev").read_text().count(":") == devices
-
-
-def test_down_is_the_same_the_second_time() -> None:
-    with Lab("twice", hosts=1) as raised:
-        assert command("down", "--name", raised.name).returncode == 0
-        assert command("down", "--name", raised.name).returncode == 0
-    assert command("down", "--name", "never-was-up").returncode == 0
-
-
-def test_a_killed_host_is_dead_and_the_others_are_not() -> None:
-    with Lab("killed") as raised:
-        traces = busy(raised)
-        lab_state = state.load(raised.name)
-        assert lab_state is not None
-        init = lab_state.host("beta").init
-        os.kill(init.pid, signal.SIGKILL)
-        until(lambda: not init.alive(), "it ends")
-        shown = command("status", "--name", raised.name)
-        assert shown.returncode == 1 and re.search(r"^beta +dead ", shown.stdout, re.MULTILINE)
-        assert "is dead" in raised.exec("beta", "true", check=False).stderr
-        assert raised.exec("client", "ssh", "alpha", "hostname").stdout == "alpha\n"
-    assert traces.left() == {}
-
-
-def test_with_the_supervisor_killed_all_hosts_die() -> None:
-    with Lab("headless") as raised:
-        traces = busy(raised)
-        lab_state = state.load(raised.name)
-        assert lab_state is not None
-        os.kill(lab_state.supervisor.pid, signal.SIGKILL)
-        until(lambda: members(raised.name) == [], "all hosts end")
-        assert command("status", "--name", raised.name).returncode == 1
-    assert traces.left() == {}
-
-
-def test_a_dead_labs_name_can_be_used_again() -> None:
-    with Lab("again", hosts=1) as raised:
-        lab_state = state.load(raised.name)
-        assert lab_state is not None
-        os.kill(lab_state.supervisor.pid, signal.SIGKILL)
-        until(lambda: members(raised.name) == [], "all hosts end")
-        assert command("up", "--name", raised.name, "--hosts", "2").returncode == 0
-        assert raised.exec("beta", "hostname").stdout == "beta\n"
-
-
-@pytest.mark.parametrize("count", range(1, 11))
-def test_up_killed_in_the_middle_leaves_nothing(count: int) -> None:
-    """`count` processes of the lab are there when it is killed: `up`, supervisor, eight hosts one by one."""
-    name = f"middle-{os.getpid()}"
-    process = subprocess.Popen([str(LAB), "up", "--name", name, "--hosts", "8"])
-    until(lambda: len(members(name)) >= count or process.poll() is not None, "so many processes")
-    traces = Traces(name)
-    process.kill()
-    process.wait(timeout=30)
-    whole = command("status", "--name", name).returncode == 0  # it was quicker than we
-    if not whole:
-        until(lambda: members(name) == [], "what was raised ends by itself")
-    assert command("down", "--name", name).returncode == 0
-    assert traces.left() == {}
-
-
-def test_up_that_is_interrupted_cleans_up_itself() -> None:
-    name = f"interrupted-{os.getpid()}"
-    process = subprocess.Popen([str(LAB), "up", "--name", name, "--hosts", "8"], stderr=subprocess.DEVNULL)
-    until(lambda: len(members(name)) >= 4, "some hosts")
-    traces = Traces(name)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) != 0
-    assert traces.left() == {}
-
-
-def test_up_that_fails_says_why_and_cleans_up(tmp_path: Path) -> None:
-    """An `ip` that fails for one host only."""
-    script = '#!/bin/sh\nread -r line; case "$line" in *port1*) echo broken >&2; exit 1;; esac\n'
-    fake = tmp_path / "ip"
-    fake.write_text(f'{script}{{ echo "$line"; cat; }} | /usr/sbin/ip "$@"\n')
-    fake.chmod(0o755)
-    name = f"fails-{os.getpid()}"
-    done = command("up", "--name", name, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    assert done.returncode == 1 and "broken" in done.stderr
-    assert members(name) == [] and list(LABS.glob(f"*{name}*")) == []
-
-
-def test_a_tests_lab_goes_when_the_test_is_killed() -> None:
-    script = "lab = Lab('orphan'); lab.up(); print(lab.name, flush=True); sys.stdin.read()"
-    line = [sys.executable, "-c", f"import sys; from tests.lab.fixture import Lab; {script}"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(line, cwd=PROJECT, text=True, **pipes) as process:
-        assert process.stdout is not None
-        name = process.stdout.readline().strip()
-        traces = Traces(name)
-        assert len(traces.namespaces) > 3 * len(KINDS)
-        process.kill()
-    until(lambda: members(name) == [] and not (LABS / name).exists(), "the lab goes")
-    assert traces.left() == {}
-
-
 def test_hosts_of_a_large_lab_all_come_up() -> None:
     with Lab("large", hosts=len(NAMES)) as raised:
         for host in Plan.make("x", len(NAMES)).hosts:
-            assert isinstance(host, Host)
             assert raised.exec("client", "ssh", host.name, "hostname").stdout.strip() == host.name

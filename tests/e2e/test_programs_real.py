@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import PROGRAMS, SERVICE, Hosts, Moved, Place, wait_for
+from e2e.support import SERVICE, Hosts, Moved, Place
+from lab.fixture import until
+from programs.status import PROGRAMS
 
 NGINX = """
 daemon off;
@@ -49,7 +51,7 @@ class Conversation:
 
     def wait_for_answers(self, count: int) -> None:
         wanted = self.answers() + count
-        wait_for(lambda: self.answers() >= wanted or self.process.poll() is not None, f"{count} answers", 60)
+        until(lambda: self.answers() >= wanted or self.process.poll() is not None, f"{count} answers", 60)
 
     def end(self) -> None:
         self.stop_file.touch()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from redis_session import RedisSession
-from support import FULL, SERVICE, Hosts, Place
+from e2e.redis_session import RedisSession
+from e2e.support import FULL, SERVICE, Hosts, Place
 
 MEGABYTES = 1024 if FULL else 256
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BUILD, DONE, PROGRAMS, REFUSED, UNREACHABLE, Hosts, Place, wait_for
+from e2e.support import DONE, REFUSED, UNREACHABLE, Hosts, Place
+from lab.fixture import until
+from programs.status import BUILD, PROGRAMS
 
 # By kind of tests/programs/holder.py: what a blocker has to speak of.
 NAMED = {
@@ -54,7 +56,7 @@ class Holder:
         status = place.path / "holder.status"
         pid = lab.start("alpha", "/usr/bin/python3", PROGRAMS / "holder.py", kinds, status)
         holder = cls(lab, status, pid)
-        wait_for(lambda: holder.beats() > 5, f"holder.py {kinds}")
+        until(lambda: holder.beats() > 5, f"holder.py {kinds}")
         return holder
 
     def told(self) -> dict[str, Any]:
@@ -68,7 +70,7 @@ class Holder:
 
     def assert_undisturbed(self) -> None:
         before = self.beats()
-        wait_for(lambda: self.beats() > before + 10, "heartbeats")
+        until(lambda: self.beats() > before + 10, "heartbeats")
         told = self.told()
         assert told["pid"] == self.pid
         assert told["longest_gap_ms"] < UNDISTURBED_MS
@@ -105,7 +107,7 @@ def test_refused_by_name(lab: Hosts, place: Place, kind: str) -> None:
         holder.assert_undisturbed()
         if kind != "tracer":
             assert "TracerPid:\t0" in lab.run("alpha", "cat", f"/proc/{holder.pid}/status")
-        wait_for(lambda: lab.processes("beta") == before, "the end of what was started on beta")
+        until(lambda: lab.processes("beta") == before, "the end of what was started on beta")
         assert not lab.agents("alpha")
     finally:
         holder.end()
@@ -140,7 +142,8 @@ def test_missing_file(lab: Hosts, private_program: str) -> None:
 
 def test_file_that_differs(lab: Hosts, private_program: str) -> None:
     """By one byte in the middle, the length and the build id being the same."""
-    script = f"cp {BUILD}/heartbeat {private_program} && printf X | dd of={private_program} bs=1 seek=9000 conv=notrunc"
+    change = f"printf X | dd of={private_program} bs=1 seek=9000 conv=notrunc"
+    script = f"cp {BUILD}/heartbeat {private_program} && {change}"
     lab.run("beta", "sh", "-c", script)
     pid = lab.start("alpha", private_program)
     try:

@@ -6,7 +6,7 @@ import itertools
 import re
 
 import pytest
-from support import FULL, Hosts, Place, Workload
+from e2e.support import FULL, Hosts, Place, Workload
 
 MOVES = 50 if FULL else 5
 FIFO = "/tmp/selfcheck.fifo"

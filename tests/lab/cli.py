@@ -8,9 +8,9 @@ import os
 import sys
 from typing import Any
 
-from tests.lab import enter, keys, processes, state, supervisor
-from tests.lab.link import Link
-from tests.lab.plan import HOST_DIRECTORY, Bandwidth, LabError, Plan
+from lab import enter, keys, processes, state, supervisor
+from lab.link import Link
+from lab.plan import HOST_DIRECTORY, Bandwidth, LabError, Plan
 
 USAGE, FAILED = 2, 1
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
-from tests.lab import kernel, processes
-from tests.lab.plan import HOST_DIRECTORY, LabError
-from tests.lab.state import HostState
+from lab import kernel, processes
+from lab.plan import HOST_DIRECTORY, LabError
+from lab.state import HostState
 
 _SI_KERNEL = 0x80  # asm-generic/siginfo.h: sent by the kernel, as a terminal's signals are
 _PASSED_ON = {

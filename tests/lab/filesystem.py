@@ -11,9 +11,9 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.lab import kernel
-from tests.lab.keys import Keys
-from tests.lab.plan import HOST_DIRECTORY, LABS, Host, LabError, Plan, home
+from lab import kernel
+from lab.keys import Keys
+from lab.plan import HOST_DIRECTORY, LABS, Host, LabError, Plan, home
 
 # The home directory's files that are the host's own, not the machine's.
 _PERSONAL = {".ssh", ".profile", ".bashrc", ".bash_profile", ".bash_login", ".bash_history", ".bash_logout"}

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.lab import state
+from lab import state
 
 LAB = Path(__file__).with_name("lab")
 
@@ -25,6 +25,11 @@ def until(condition: Callable[[], Any], what: str, timeout: float = 30.0) -> Any
             raise TimeoutError(f"not within {timeout} s: {what}")
         time.sleep(0.01)
     return value
+
+
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The lab's command as a person runs it; `options` are subprocess.run's."""
+    return subprocess.run([str(LAB), *arguments], capture_output=True, text=True, check=False, **options)
 
 
 class Lab:

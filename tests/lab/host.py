@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from tests.lab import filesystem, kernel, network
-from tests.lab.keys import Keys
-from tests.lab.link import Link
-from tests.lab.plan import HOST_DIRECTORY, Host, LabError, Plan
+from lab import filesystem, kernel, network
+from lab.keys import Keys
+from lab.link import Link
+from lab.plan import HOST_DIRECTORY, Host, LabError, Plan
 
 _SSHD_DEADLINE = 20.0  # seconds
 

@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab.plan import Host, Plan
+from lab.plan import Host, Plan
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import socket
 from typing import Any
 
-from tests.lab.plan import LabError
+from lab.plan import LabError
 
 
 class Link:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.lab.plan import Bandwidth, Host, LabError
+from lab.plan import Bandwidth, Host, LabError
 
 BRIDGE = "br0"
 

@@ -12,10 +12,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tests.lab import kernel
-from tests.lab.plan import HOST_DIRECTORY, LABS, LabError
+from lab import kernel
+from lab.plan import HOST_DIRECTORY, LABS, LabError
 
 _DEADLINE = 20.0  # seconds for the kernel to take down a host's processes
+_GRACE = 2.0  # seconds for the supervisor to end by itself
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,11 @@ def remove(name: str) -> None:
     """
     state = load(name)
     if state is not None:
-        end(state.processes())
+        hosts = [host.init for host in state.hosts.values()]
+        end(hosts)
+        if hosts:
+            _gone([state.supervisor], _GRACE)  # it reaps them and ends with the last one
+        end([state.supervisor])
     forget(name)
 
 
@@ -209,19 +214,24 @@ def forget(name: str) -> None:
 
 def end(processes: list[Process]) -> None:
     """SIGKILL all of `processes` and wait for their end. Raises LabError if that takes too long."""
-    poller = select.poll()
-    pending = set()
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             fd = process.open()
-            pending.add(fd)
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-            poller.register(fd, select.POLLIN)
-    deadline = time.monotonic() + _DEADLINE
-    while pending and (left := deadline - time.monotonic()) > 0:
-        for fd, _ in poller.poll(left * 1000):
-            poller.unregister(fd)
             os.close(fd)
-            pending.discard(fd)
-    if pending:
-        raise LabError(f"{len(pending)} of the lab's processes do not end")
+    if not _gone(processes, _DEADLINE):
+        raise LabError(f"the lab's processes {[each.pid for each in processes]} do not all end")
+
+
+def _gone(processes: list[Process], timeout: float) -> bool:
+    """Wait at most `timeout` seconds for `processes` to end; whether they have."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            fd = process.open()
+            left = max(deadline - time.monotonic(), 0)
+            ended, _, _ = select.select([fd], [], [], left)
+            os.close(fd)
+            if not ended:
+                return False
+    return True

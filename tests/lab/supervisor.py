@@ -24,11 +24,11 @@ import signal
 from collections.abc import Iterator
 from typing import NoReturn
 
-from tests.lab import host as host_process
-from tests.lab import kernel, network, processes, state
-from tests.lab.keys import Keys
-from tests.lab.link import Link
-from tests.lab.plan import Host, Plan
+from lab import host as host_process
+from lab import kernel, network, processes, state
+from lab.keys import Keys
+from lab.link import Link
+from lab.plan import Host, Plan
 
 
 class _Child:
@@ -119,17 +119,24 @@ def _offset(clock: str, seconds: float) -> str:
 
 
 def _watch(plan: Plan, hosts: list[int], tether: int | None) -> NoReturn:
-    """Reap hosts that die. When `tether` ends, end the lab and remove its directory."""
+    """Reap hosts that die; end with the last. When `tether` ends, end the lab and remove its directory."""
     poller = select.poll()
     pidfds = {os.pidfd_open(pid): pid for pid in hosts}
     for fd in [*pidfds, *([] if tether is None else [tether])]:
         poller.register(fd, select.POLLIN)
-    while True:
+    while pidfds:
         for fd, _ in poller.poll():
             if fd == tether:
-                state.end([state.Process.of(pid) for pid in pidfds.values()])
+                _end(pidfds)
                 state.forget(plan.name)
                 os._exit(0)
             os.waitpid(pidfds.pop(fd), 0)
             poller.unregister(fd)
             os.close(fd)
+    os._exit(0)
+
+
+def _end(pidfds: dict[int, int]) -> None:
+    for fd, pid in pidfds.items():
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        os.waitpid(pid, 0)

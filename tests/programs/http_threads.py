@@ -2,8 +2,8 @@
 """A CPython program with threads and an HTTP server: `http_threads.py ADDRESS PORT`.
 
 GET /NUMBER answers "NUMBER COUNT DIGEST\\n" and then the body: COUNT is how many requests this process has
-answered, DIGEST is the SHA-256 of NUMBER, the body a text made from it. Other threads compute, sleep, allocate
-and pass messages meanwhile; GET /health says "ok" while they all do.
+answered, DIGEST is the SHA-256 of NUMBER, the body a text made from it. Other threads compute, sleep,
+allocate and pass messages meanwhile; GET /health says "ok" while they all do.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _has_md5(sock: socket.socket, info: TcpSocketInfo) -> bool:
         states = 1 << info.state
         return any(
             entry.md5 and entry.local[1] == info.local.port
-            for entry in diag.sockets(sock.family, socket.IPPROTO_TCP, states)
+            for entry in diag.sockets(sock.family, socket.IPPROTO_TCP, states, details=True)
             if info.peer is None or entry.peer[1] == info.peer.port
         )
     finally:

@@ -32,7 +32,7 @@ _CHUNK = 256 << 10
 _SMALLEST_CHUNK = 1 << 10
 _BUFFER_SLACK = 1 << 20
 _LARGEST_MAXSEG = 32767  # MAX_TCP_WINDOW
-_BUFFER_LIMIT = 0x3FFFFFFF  # the kernel doubles what it is told, in an int
+_BUFFER_LIMIT = 0x3FFFFFFF  # twice that is the largest int
 _AFTER_FIN = FIN_RECEIVED | {TcpState.TIME_WAIT, TcpState.CLOSE}
 _FIN_SECONDS = 0.1  # measured: it is there when the send returns
 # A source may still have sent (an acknowledgement, a retransmission) after its timestamp was read. Going on a little
@@ -108,8 +108,12 @@ def _rebuild_connection(sock: socket.socket, state: TcpConnection) -> None:
     _connect(sock, state)
     _agree(sock, state)
     queues = state.queues
-    _grow_buffers(sock, len(queues.unread), len(queues.sent) + len(queues.unsent))
+    _set_size(sock, SO_RCVBUFFORCE, len(queues.unread) + _BUFFER_SLACK)
+    _set_size(sock, SO_SNDBUFFORCE, len(queues.sent) + len(queues.unsent) + _BUFFER_SLACK)
     _write_queue(sock, Queue.RECEIVE, queues.unread)
+    # Before anything is sent: a window that is offered must fit into the buffer, or the kernel takes it back when it
+    # is used, and from then on takes the peer's acknowledgements for segments beyond the window.
+    _set_size(sock, SO_RCVBUFFORCE, state.buffers[0] // 2)
     # What was sent and not acknowledged waits for `activate`: in the queue, it would be sent again after a second,
     # COMMIT or not.
     receive_end = (queues.receive_seq + len(queues.unread)) & 0xFFFFFFFF
@@ -186,16 +190,14 @@ def _write_all(sock: socket.socket, data: bytes) -> None:
             chunk //= 2
 
 
-def _grow_buffers(sock: socket.socket, receive: int, send: int) -> None:
-    """Room for the queues, whatever the application's limits; `_set_buffers` puts those back."""
-    for name, size in ((SO_RCVBUFFORCE, receive), (SO_SNDBUFFORCE, send)):
-        sock.setsockopt(socket.SOL_SOCKET, name, min(size + _BUFFER_SLACK, _BUFFER_LIMIT))
+def _set_size(sock: socket.socket, name: int, size: int) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, name, min(size, _BUFFER_LIMIT))
 
 
 def _set_buffers(sock: socket.socket, buffers: tuple[int, int, int]) -> None:
     receive, send, locks = buffers
-    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, min(receive // 2, _BUFFER_LIMIT))
-    sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, min(send // 2, _BUFFER_LIMIT))
+    _set_size(sock, SO_RCVBUFFORCE, receive // 2)  # the kernel doubles what it is told
+    _set_size(sock, SO_SNDBUFFORCE, send // 2)
     sock.setsockopt(socket.SOL_SOCKET, SO_BUF_LOCK, locks)
 
 

@@ -1,0 +1,52 @@
+# What can be done with a checkout. `make help` lists it.
+.DEFAULT_GOAL := help
+SHELL         := /bin/bash
+PYTHON        ?= python3
+VENV          := .venv
+BIN           := $(VENV)/bin
+INSTALLED     := $(VENV)/.installed
+PYTEST        := $(BIN)/python -m pytest
+
+.PHONY: help setup provision lint types programs test-unit test-e2e test test-all demo clean
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: provision $(INSTALLED) ## install all that is needed: packages (as root), and the project into .venv
+
+provision:
+	@vagrant/provision.sh
+
+$(INSTALLED): pyproject.toml | provision
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+lint: $(INSTALLED) ## check style: ruff
+	$(BIN)/ruff check . tests/lab/lab
+
+types: $(INSTALLED) ## check types: mypy, strict, tests too
+	$(BIN)/mypy
+	MYPYPATH=tests $(BIN)/mypy --explicit-package-bases tests
+
+programs: provision ## build the programs that tests move
+	$(MAKE) --no-print-directory -C tests/programs
+
+test-unit: setup programs ## test the parts, quick
+	$(PYTEST) tests/unit
+
+test-e2e: setup programs ## test the whole in a lab of hosts (as root)
+	$(PYTEST) tests/e2e
+
+test: setup lint types programs test-unit test-e2e ## everything that every change must pass
+
+test-all: export MIGRATE_TEST_FULL = 1
+test-all: test ## the same with every test at full length: more rounds, more seeds, larger processes
+
+demo: setup programs ## move a real redis-server under load between two hosts, and show the report
+	tests/demo/demo
+
+clean: ## remove all that was made here
+	$(MAKE) --no-print-directory -C tests/programs clean
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

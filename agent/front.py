@@ -1,0 +1,162 @@
+"""The two ends of `migrate-agent source`: the request and aborts coming in, events going out.
+
+Both use threads of their own with plain blocking calls: standard input and output may be anything (a pipe,
+a terminal, a file), and a reader that is slow or asleep must never hold up a migration.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import msgspec
+
+from agent.api import (
+    PROTOCOL_VERSION,
+    Endpoint,
+    ErrorInfo,
+    Event,
+    Finished,
+    Outcome,
+    Progress,
+    Report,
+    Request,
+)
+from agent.supervisor import Supervisor, handle_signals
+from transport.target import InvalidTarget, parse_host
+
+MAX_WAITING: Final = 64  # events that wait for a slow reader before Progress is dropped
+DRAIN_TIMEOUT: Final = 10.0
+EXIT_BAD_REQUEST: Final = 2
+
+
+class BadRequest(Exception):
+    """What came on standard input is not a request that this agent understands."""
+
+
+class EventWriter:
+    """Lines to a descriptor, written by a thread; never waits. A reader that is gone is no error here."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def write(self, event: Event, line: bytes) -> None:
+        if not (isinstance(event, Progress) and self._lines.qsize() > MAX_WAITING):
+            self._lines.put(line + b"\n")
+
+    def close(self) -> None:
+        """Wait until everything is written, DRAIN_TIMEOUT seconds at most."""
+        self._lines.put(None)
+        self._thread.join(DRAIN_TIMEOUT)
+
+    def _run(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                while line:
+                    line = line[os.write(self._fd, line) :]
+            except OSError:
+                return
+
+
+def read_lines(fd: int) -> Iterator[bytes]:
+    """Whole lines from a descriptor until its end; nothing is read ahead of need."""
+    rest = b""
+    while data := os.read(fd, 65536):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+
+
+class Input:
+    """What the person's tool says: one request, then perhaps an abort, in a thread that reads `fd`."""
+
+    def __init__(self, fd: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.request: asyncio.Future[Request] = self._loop.create_future()
+        self.abort: asyncio.Future[str] = self._loop.create_future()
+        threading.Thread(target=self._run, args=(fd,), daemon=True).start()
+
+    def _run(self, fd: int) -> None:
+        reason = "the tool that asked for it is gone (end of standard input)"
+        try:
+            for line in read_lines(fd):
+                self._tell(self._on_line, line)
+        except OSError as error:
+            reason = f"standard input: {error.strerror}"
+        self._tell(self._on_end, reason)
+
+    def _tell(self, function: Callable[[Any], None], argument: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: everything is over
+            self._loop.call_soon_threadsafe(function, argument)
+
+    def _on_line(self, line: bytes) -> None:
+        if not self.request.done():
+            try:
+                self.request.set_result(_parse(line))
+            except BadRequest as error:
+                self.request.set_exception(error)
+        elif _is_abort(line) and not self.abort.done():
+            self.abort.set_result("aborted by request")
+
+    def _on_end(self, reason: str) -> None:
+        if not self.request.done():
+            self.request.set_exception(BadRequest("no request came on standard input"))
+        if not self.abort.done():
+            self.abort.set_result(reason)
+
+
+def _parse(line: bytes) -> Request:
+    try:
+        request = msgspec.json.decode(line, type=Request)
+        parse_host(request.destination)
+    except (msgspec.MsgspecError, InvalidTarget) as error:
+        raise BadRequest(f"not a request: {error}") from None
+    if request.version != PROTOCOL_VERSION:
+        raise BadRequest(
+            f"the tool speaks version {request.version} of the protocol, this agent {PROTOCOL_VERSION}: "
+            "install the same version of migrate on both"
+        )
+    return request
+
+
+def _is_abort(line: bytes) -> bool:
+    try:
+        message = msgspec.json.decode(line)
+    except msgspec.MsgspecError:
+        return False
+    return isinstance(message, dict) and message.get("abort") is True
+
+
+async def serve(reading: int, writing: int) -> int:
+    """One migration: a Request from `reading`, Events to `writing`. The exit status."""
+    writer = EventWriter(writing)
+    incoming = Input(reading)
+    try:
+        supervisor = Supervisor(await incoming.request, writer.write)
+        handle_signals(supervisor)
+        incoming.abort.add_done_callback(lambda future: supervisor.abort(future.result()))
+        await supervisor.run()
+    except BadRequest as error:
+        event = Finished(report=_refused(str(error)))
+        writer.write(event, msgspec.json.encode(event))
+        return EXIT_BAD_REQUEST
+    finally:
+        writer.close()
+    return 0
+
+
+def _refused(message: str) -> Report:
+    return Report(
+        outcome=Outcome.REFUSED,
+        source=Endpoint(host=platform.node()),
+        destination=Endpoint(host=""),
+        error=ErrorInfo(kind="bad-request", message=message, where="source"),
+    )

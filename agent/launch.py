@@ -1,0 +1,18 @@
+"""How one of our own modules is started as another process of the same installation."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def module(name: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment that run module `name` with this interpreter and these sources.
+
+    `-P` keeps the current directory out of the module path: an agent runs as root wherever it was started.
+    """
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
+    return [sys.executable, "-P", "-m", name], {**os.environ, "PYTHONPATH": path}

@@ -1,0 +1,291 @@
+"""The front of one migration on the source host: what stands between the person's tool, the engine and the
+destination.
+
+    migrate --stdin/stdout--> Supervisor --Request, SIGTERM--> worker (the engine, a process of its own)
+                                  |        <---- events ------    |
+                                  +-- SSH to the destination -- socketpair
+
+The front reads the request, starts the worker while it connects, hands over the request once the link
+stands (a link that cannot be opened has touched nothing), forwards the worker's events, and makes a
+truthful report if the worker cannot.
+
+Giving up: the end of standard input, a line `{"abort": true}`, SIGTERM, SIGINT and SIGHUP all mean the
+same. Before the point of no return the worker is asked to roll back (SIGTERM), after EOF_GRACE seconds it
+reads the end of its link, and after KILL_GRACE it is killed, which lets the process run on as well: the
+kernel detaches it. After that point nothing is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import signal
+import socket
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from agent import launch
+from agent.api import (
+    Checked,
+    Endpoint,
+    ErrorInfo,
+    Event,
+    Finished,
+    Log,
+    Outcome,
+    Report,
+    Request,
+    StateChanged,
+)
+from agent.kernel import procfs
+from transport.link import Link, socket_pair
+from transport.link_errors import LinkError
+from transport.process import LINE_LIMIT
+from transport.target import parse_host
+
+EOF_GRACE: Final = 5.0
+KILL_GRACE: Final = 30.0
+REASON_TIMEOUT: Final = 3.0  # seconds that a broken link may take to say why
+DEATH_TIMEOUT: Final = 1.0  # seconds that a killed process may take to disappear
+
+NO_RETURN: Final = frozenset({"committing", "committed", "in-doubt"})
+LIVE: Final = frozenset({"live", "migrated"})
+FROZEN: Final = frozenset({"freezing", "ready"})
+UNTOUCHED: Final = frozenset({"", "examining", "offering", "copying", "refused"})
+
+_events = msgspec.json.Decoder(Event)
+_encoder = msgspec.json.Encoder()
+
+
+class Supervisor:
+    """One request from beginning to end. `write` takes each event as a line of JSON."""
+
+    def __init__(
+        self,
+        request: Request,
+        write: Callable[[Event, bytes], None],
+        worker: tuple[list[str], dict[str, str]] | None = None,
+    ) -> None:
+        """`worker` is the command and environment of the engine's process, if not our own."""
+        self._request = request
+        self._command, self._environment = worker or launch.module("agent.worker")
+        self._write = write
+        self._state = ""
+        self._last_error = ""
+        self._final = False
+        self._aborting = asyncio.Event()
+        self._abort_reason = ""
+        self._link: Link | None = None
+        self._worker: Process | None = None
+        self._birth = _birth(request.pid)
+
+    def abort(self, reason: str) -> None:
+        """Somebody does not want this migration any more. The second time changes nothing."""
+        self._abort_reason = self._abort_reason or reason
+        self._aborting.set()
+
+    async def run(self) -> None:
+        """Do everything; exactly one Finished or Checked has been written when this returns."""
+        ours, theirs = socket_pair()
+        worker, events = await self._start_worker(theirs)
+        try:
+            self._link = await self._open_link(ours)
+            if self._link is not None and worker.stdin is not None:
+                await self._work(worker, events)
+        finally:
+            await self._stop(worker)
+
+    async def _start_worker(self, link: socket.socket) -> tuple[Process, asyncio.StreamReader]:
+        reading, writing = os.pipe()
+        worker = await asyncio.create_subprocess_exec(
+            *self._command,
+            str(link.fileno()),
+            str(writing),
+            stdin=PIPE,
+            stdout=2,  # nothing but events may reach our own standard output
+            env=self._environment,
+            pass_fds=(link.fileno(), writing),
+            start_new_session=True,
+        )
+        link.close()
+        os.close(writing)
+        events = asyncio.StreamReader(limit=LINE_LIMIT)
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(events), os.fdopen(reading, "rb", buffering=0)
+        )
+        self._worker = worker
+        return worker, events
+
+    async def _open_link(self, ours: socket.socket) -> Link | None:
+        """The link to the destination; None if there is none, which has been reported then."""
+        from transport.ssh import open_link
+
+        target = parse_host(self._request.destination)
+        opening = asyncio.ensure_future(open_link(target, self._request.ssh, ours, self._on_destination_line))
+        aborting = asyncio.ensure_future(self._aborting.wait())
+        await asyncio.wait([opening, aborting], return_when=asyncio.FIRST_COMPLETED)
+        aborting.cancel()
+        if not opening.done():
+            opening.cancel()
+            await asyncio.wait([opening])
+            self._refuse("aborted", self._abort_reason, "coordinator")
+            return None
+        try:
+            return opening.result()
+        except LinkError as error:
+            self._refuse(error.kind, str(error), "link")
+            return None
+
+    async def _work(self, worker: Process, events: asyncio.StreamReader) -> None:
+        assert worker.stdin is not None
+        worker.stdin.write(_encoder.encode(self._request) + b"\n")
+        worker.stdin.close()
+        nagging = asyncio.ensure_future(self._press_on(worker))
+        try:
+            while line := await events.readline():
+                await self._on_event(line)
+            await worker.wait()
+        finally:
+            nagging.cancel()
+        if not self._final:
+            await self._report_crash(worker)
+
+    async def _press_on(self, worker: Process) -> None:
+        """Once asked to abort.
+
+        SIGTERM, the end of the link, SIGKILL; each only before the point of no return.
+        """
+        await self._aborting.wait()
+        for wait, action in (
+            (0.0, worker.terminate),
+            (EOF_GRACE, self._link.end_incoming if self._link else worker.terminate),
+            (KILL_GRACE - EOF_GRACE, worker.kill),
+        ):
+            await asyncio.sleep(wait)
+            if self._state in NO_RETURN | LIVE:
+                self._say("warning", f"too late to give up ({self._abort_reason}): {self._state}")
+                return
+            with contextlib.suppress(ProcessLookupError):
+                action()
+
+    async def _on_event(self, line: bytes) -> None:
+        try:
+            event = _events.decode(line)
+        except msgspec.MsgspecError as error:
+            self._say("error", f"the engine said something that is no event: {error}")
+            return
+        if isinstance(event, StateChanged):
+            self._state = event.state
+        elif isinstance(event, Log) and event.level == "error":
+            self._last_error = event.message
+        elif isinstance(event, Finished):
+            event = await self._with_link_reason(event)
+        if isinstance(event, Finished | Checked):
+            self._finish(event)
+        else:
+            self._write(event, line.rstrip(b"\n"))
+
+    async def _with_link_reason(self, finished: Finished) -> Finished:
+        """The engine only sees that its link ended; why is known here."""
+        error = finished.report.error
+        if error is None or error.where != "link" or self._link is None:
+            return finished
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._link.wait(), REASON_TIMEOUT)
+        if self._link.end is None:
+            return finished
+        reason = self._link.end.error()
+        better = ErrorInfo(kind=reason.kind, message=str(reason), where="link")
+        return Finished(report=msgspec.structs.replace(finished.report, error=better))
+
+    async def _report_crash(self, worker: Process) -> None:
+        """The worker is gone without a report: say what can be known about the two copies."""
+        code = worker.returncode or 0
+        message = f"the engine's process ended {f'by signal {-code}' if code < 0 else f'with status {code}'}"
+        if self._last_error:
+            message = f"{message}: {self._last_error}"
+        outcome = self._outcome_by_state()
+        if outcome is Outcome.ROLLED_BACK and await self._source_is_gone():
+            outcome = Outcome.IN_DOUBT
+            message = f"{message}; process {self._request.pid} is gone"
+        self._finish(
+            Finished(report=self._report(outcome, ErrorInfo(kind="crash", message=message, where="source")))
+        )
+
+    def _outcome_by_state(self) -> Outcome:
+        """What the last state that was seen says about a worker that is gone."""
+        if self._state in LIVE:
+            return Outcome.MIGRATED
+        if self._state in NO_RETURN:
+            return Outcome.IN_DOUBT
+        untouched = self._state in UNTOUCHED or self._request.operation == "check"
+        return Outcome.REFUSED if untouched else Outcome.ROLLED_BACK
+
+    async def _source_is_gone(self) -> bool:
+        """Whether the process did not survive: it dies with the worker from the moment of commit.
+
+        "committed" may not have been said by then, and the death of a large process takes a moment.
+        """
+        deadline = asyncio.get_running_loop().time() + (DEATH_TIMEOUT if self._state in FROZEN else 0.0)
+        while True:
+            gone = _birth(self._request.pid) != self._birth
+            if gone or asyncio.get_running_loop().time() >= deadline:
+                return gone
+            await asyncio.sleep(0.02)
+
+    def _report(self, outcome: Outcome, error: ErrorInfo) -> Report:
+        return Report(
+            outcome=outcome,
+            source=Endpoint(host=platform.node(), pid=self._request.pid),
+            destination=Endpoint(host=self._request.destination),
+            bytes_sent=self._link.bytes_sent if self._link else 0,
+            error=error,
+        )
+
+    def _refuse(self, kind: str, message: str, where: str) -> None:
+        error = msgspec.convert({"kind": kind, "message": message, "where": where}, ErrorInfo)
+        self._finish(Finished(report=self._report(Outcome.REFUSED, error)))
+
+    def _finish(self, event: Finished | Checked) -> None:
+        if self._final:
+            self._say("error", "the engine reported twice")
+            return
+        self._final = True
+        self._write(event, _encoder.encode(event))
+
+    def _on_destination_line(self, line: str) -> None:
+        self._say("info", f"{self._request.destination}: {line}")
+
+    def _say(self, level: str, message: str) -> None:
+        event = msgspec.convert({"event": "log", "level": level, "message": message}, Log)
+        self._write(event, _encoder.encode(event))
+
+    async def _stop(self, worker: Process) -> None:
+        """Leave nothing behind: a worker that never got a request reads the end of its input and ends."""
+        if worker.stdin is not None:
+            worker.stdin.close()
+        if self._link is not None:
+            end = await self._link.close()
+            if not end.clean:
+                self._say("debug", str(end.error()))
+        await worker.wait()
+
+
+def _birth(pid: int) -> int | None:
+    """What tells this process from another one with its number; None if it is dead."""
+    try:
+        stat = procfs.stat(pid)
+    except (ProcessLookupError, ValueError):
+        return None
+    return None if stat.state in "ZXx" else stat.starttime
+
+
+def handle_signals(supervisor: Supervisor) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, supervisor.abort, f"{number.name} received")

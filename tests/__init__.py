@@ -1,1 +1,0 @@
-"""Everything that shows that the project works."""

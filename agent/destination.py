@@ -112,6 +112,7 @@ class Incoming:
         self.prepare_message: protocol.Prepare | None = None
         self.rebuild: protocol.Rebuild | None = None
         self.live = False
+        self._late: list[Notice] = []
         self._offer: protocol.Offer | None = None
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             protocol.Ping: self._ping,
@@ -287,9 +288,233 @@ class Incoming:
         self.link.send(protocol.Verified(mismatches=tuple(found[:20])))
 
     def _commit(self, _: protocol.Commit) -> None:
+        """From here on there is no way back: whatever fails is said, and the process lives."""
         assert self.rebuild is not None
         phases = Phases("destination")
-        self.network.take_over(self.context.sockets)
+        self._late = self.network.take_over(self.context.sockets)
+        phases.mark("take over network")
+        self._wait_for_clock(self.rebuild.monotonic_at_freeze)
+        self._built.release(self.rebuild.leave_stopped)
+        self.live = True
+        phases.mark("resume")
+        self.link.send(protocol.Live(phases=phases.taken(), address_moved=self.network.moved))
+
+    def _wait_for_clock(self, at_freeze: int) -> None:
+        """The process's CLOCK_MONOTONIC must not be behind what it last saw: at most half a round trip."""
+        while (behind := at_freeze - (time.monotonic_ns() + self._delta)) > 0:
+            time.sleep(min(behind / 1e9, 0.05))
+
+    def _finish(self) -> None:
+        last = False
+        while not last:
+            message = self.link.expect(protocol.Packets)
+            try:
+                self.network.replay(message.packets)
+            except (OSError, ValueError) as error:
+                self._late.append(Notice(kind="network", message=f"packets of the pause: {error}"))
+            last = message.last
+        self.link.send(protocol.Done(notices=tuple(self._late)))
+        self.network.announce_again()
+
+    def close(self) -> None:
+        os.close(self._reading)
+        if self._writing != self._reading:
+            os.close(self._writing)
+
+
+class Incoming:
+    """One migration, from the destination's point of view."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.files: list[FileRef] = []
+        self._fds: dict[int, int] = {}
+        self._allowed: set[str] = set()
+        self.shadow: Shadow | None = None
+        self.network = DestinationNetwork()
+        self.context = Rebuilding()
+        self.prepare_message: protocol.Prepare | None = None
+        self.rebuild: protocol.Rebuild | None = None
+        self.live = False
+        self._offer: protocol.Offer | None = None
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            protocol.Ping: self._ping,
+            protocol.NewFiles: self._new_files,
+            protocol.Layout: self._layout,
+            protocol.Discard: self._discard,
+            protocol.Guards: self._guards,
+            Pages: self._pages,
+            protocol.RoundEnd: lambda m: self.link.send(protocol.RoundDone(m.number)),
+        }
+
+    def run(self) -> None:
+        offer = self.link.expect(protocol.Offer)
+        self._answer(offer)
+        self._receive_until(protocol.Prepare, self._prepare)
+        self._receive_until(protocol.Rebuild, self._rebuild)
+        self._receive_until(protocol.Commit, self._commit)
+        self._finish()
+
+    def _receive_until(self, kind: type[Any], last: Callable[[Any], None]) -> None:
+        """Handle messages up to and including the first `kind`."""
+        while True:
+            message = self.link.receive()
+            if isinstance(message, protocol.Failed):
+                raise PeerFailed(message)
+            if isinstance(message, kind):
+                last(message)
+                return
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise ProtocolError(f"{type(message).__name__} while waiting for {kind.__name__}")
+            handler(message)
+
+    # --- the offer ---
+
+    def _answer(self, offer: protocol.Offer) -> None:
+        blockers: list[Blocker] = []
+        if offer.version != protocol.VERSION:
+            why = f"the source speaks version {offer.version}, this agent {protocol.VERSION}"
+            blockers.append(Blocker(kind="version", what="protocol", why=why, hint="install the same version on both"))
+        self.files = list(offer.files)
+        self._offer = offer
+        wanted = [*offer.files, *offer.opened]
+        self._allowed = {f.path for f in wanted}
+        compared = [file_resource.compare(f, offer.copy_files) for f in offer.files]
+        compared += [file_resource.compare_opened(f, offer.copy_files) for f in offer.opened]
+        blockers += [b for b in compared if b is not None]
+        blockers += _directory_blockers(offer)
+        blockers += _cpu_blockers(offer)
+        blockers += self.network.check(offer.addresses, offer.listeners)
+        missing = tuple(dict.fromkeys(file_resource.missing(wanted))) if offer.copy_files else ()
+        self.link.send(
+            protocol.Answer(
+                host=platform.node(),
+                blockers=tuple(blockers),
+                notices=tuple(_notices(offer)),
+                missing=missing,
+            )
+        )
+        if not blockers:
+            self._receive_files(missing)
+
+    def _receive_files(self, missing: tuple[str, ...]) -> None:
+        assert self._offer is not None
+        refs = {f.path: f for f in (*self._offer.files, *self._offer.opened)}
+        for path in missing:
+            incoming = IncomingFile(refs[path])
+            while True:
+                message = self.link.expect(protocol.FileData)
+                if message.path != path:
+                    raise ProtocolError(f"data of {message.path} while {path} was due")
+                incoming.write(message.data)
+                if message.last:
+                    break
+            incoming.finish()
+
+    # --- pre-copy ---
+
+    def _ping(self, _: protocol.Ping) -> None:
+        self.link.send(protocol.Pong(time.monotonic_ns(), boottime_ns()))
+
+    def _prepare(self, message: protocol.Prepare) -> None:
+        assert self._offer is not None
+        offer = self._offer
+        self.prepare_message = message
+        reserved = [Mapping(s.start, s.end, 0) for s in offer.specials]
+        seed_at = find_gap([message.layout, reserved], SCRATCH_SIZE, arch.MMAP_MIN, arch.TASK_SIZE)
+        seed, code = arch.seed_elf(seed_at, SCRATCH_SIZE - PAGE)
+        wanted = Wanted(
+            offer.pid,
+            message.session_leader,
+            message.monotonic_delta,
+            message.boottime_delta,
+            frozenset(offer.tids),
+        )
+        self.shadow = Shadow(spawn(wanted, seed, _CHANNEL_FD))
+        self.shadow.settle(offer.pid, code, seed_at, offer.specials, message.layout)
+        self.link.send(protocol.Prepared(pid=self.shadow.pid, new_pid_namespace=self.shadow.new_pid_namespace))
+
+    @property
+    def _built(self) -> Shadow:
+        if self.shadow is None:
+            raise ProtocolError("pages before Prepare")
+        return self.shadow
+
+    def _new_files(self, message: protocol.NewFiles) -> None:
+        for file in message.files:
+            blocker = file_resource.compare(file, copy_files=False)
+            if blocker is not None:
+                raise Refusal(blocker.kind, f"{blocker.what}: {blocker.why}")
+            self.files.append(file)
+
+    def _layout(self, message: protocol.Layout) -> None:
+        self._built.follow(message.mappings, self.open_file)
+
+    def open_file(self, index: int) -> int:
+        """Our descriptor of one of the agreed files, opened once. Its size must still be what was agreed."""
+        if not 0 <= index < len(self.files):
+            raise ProtocolError(f"file number {index} of {len(self.files)}")
+        if index not in self._fds:
+            file = self.files[index]
+            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fds[index] = fd
+            if os.fstat(fd).st_size != file.size:
+                raise Refusal("file-differs", f"{file.path} changed during the migration")
+        return self._fds[index]
+
+    def _discard(self, message: protocol.Discard) -> None:
+        self._check_ranges(message.ranges)
+        self._built.discard_pages(message.ranges)
+
+    def _guards(self, message: protocol.Guards) -> None:
+        self._check_ranges(message.ranges)
+        self._built.install_guards(message.ranges)
+
+    def _pages(self, message: Pages) -> None:
+        self._check_ranges(message.ranges)
+        self._built.write_pages(message.ranges, message.data)
+
+    def _check_ranges(self, ranges: list[Range]) -> None:
+        """Every range lies in the declared layout; ProtocolError."""
+        layout = self._built.layout
+        index = 0
+        for start, end in ranges:
+            position = start
+            while position < end:
+                while index < len(layout) and layout[index].end <= position:
+                    index += 1
+                if index == len(layout) or layout[index].start > position:
+                    raise ProtocolError(f"pages at {position:#x} are outside the declared layout")
+                position = min(end, layout[index].end)
+
+    # --- freeze ---
+
+    def _rebuild(self, message: protocol.Rebuild) -> None:
+        gc.disable()
+        self.rebuild = message
+        phases = Phases("destination")
+        notices = finishing.rebuild(self._built, message, self.context, self.open_file, self._delta, phases)
+        self._handlers = {protocol.Verify: self._verify}
+        self.link.send(protocol.Ready(phases=phases.taken(), notices=tuple(notices)))
+
+    @property
+    def _delta(self) -> int:
+        assert self.prepare_message is not None
+        return self.prepare_message.monotonic_delta
+
+    def _verify(self, message: protocol.Verify) -> None:
+        assert self.rebuild is not None
+        found = check_verify(self._built, message)
+        if message.last:
+            found += check_rest(self._built, message, self.rebuild)
+        self.link.send(protocol.Verified(mismatches=tuple(found[:20])))
+
+    def _commit(self, _: protocol.Commit) -> None:
+        """From here on there is no way back: whatever fails is said, and the process lives."""
+        assert self.rebuild is not None
+        phases = Phases("destination")
+        self._late = self.network.take_over(self.context.sockets)
         phases.mark("take over network")
         self._wait_for_clock(self.rebuild.monotonic_at_freeze)
         self._built.release(self.rebuild.leave_stopped)

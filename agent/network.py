@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from agent.api import Blocker, Notice
@@ -160,15 +162,23 @@ class DestinationNetwork:
     def moved(self) -> tuple[str, ...]:
         return tuple(address.address for address, _ in self._places)
 
-    def take_over(self, sockets: list[tuple[int, tcp.TcpSocket]]) -> None:
-        """After COMMIT: addresses here, sockets alive, neighbours told."""
+    def take_over(self, sockets: list[tuple[int, tcp.TcpSocket]]) -> list[Notice]:
+        """After COMMIT: addresses here, sockets alive, neighbours told. What fails is said: there is no way back."""
+        notices: list[Notice] = []
+
+        def attempt(what: str, action: Callable[[], object]) -> None:
+            try:
+                action()
+            except Exception as error:
+                notices.append(Notice(kind="network", message=f"{what}: {error}"))
+
         for address, interface in self._places:
-            service_address.install(address, interface)
-        self._installed = True
+            attempt(f"address {address.address}", partial(service_address.install, address, interface))
         for fd, state in sockets:
-            tcp.activate(fd, state)
+            attempt(f"socket {state.local}", partial(tcp.activate, fd, state))
         for address, interface in self._places:
-            service_address.announce(address, interface)
+            attempt(f"announcing {address.address}", partial(service_address.announce, address, interface))
+        return notices
 
     def replay(self, packets: list[bytes]) -> None:
         if packets:

@@ -167,6 +167,8 @@ class Supervisor:
             (KILL_GRACE - EOF_GRACE, worker.kill),
         ):
             await asyncio.sleep(wait)
+            if self._final:
+                return
             if self._state in NO_RETURN | LIVE:
                 self._say("warning", f"too late to give up ({self._abort_reason}): {self._state}")
                 return

@@ -1,9 +1,10 @@
-"""Drives one migration or check from the person's side: starts the source agent, asks, listens, gives up cleanly.
+"""Drives one migration or check from the person's side: starts the source agent, asks, listens, gives up
+cleanly.
 
     request -> agent (over SSH, or a subprocess here) -> events -> Finished or Checked
 
-Whatever goes wrong, the answer is one Finished or Checked. What happened to a process whose agent went silent is not known
-here: then the outcome is "in-doubt", unless the request never left.
+Whatever goes wrong, the answer is one Finished or Checked. What happened to a process whose agent went
+silent is not known here: then the outcome is "in-doubt", unless the request never left.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from agent.api import (
 )
 from migrate.errors import ExitCode, Failure
 from transport.link_errors import LinkError
-from transport.process import AgentProcess, run_local
+from transport.process import AgentProcess, ProcessEnd, run_local
 from transport.target import HostTarget
 
 ABORT: Final = b'{"abort": true}'
@@ -42,7 +43,10 @@ GOODBYE_TIMEOUT: Final = 10.0  # seconds that an agent may take to end after its
 DEFAULT_AGENT: Final = SshOptions().agent_command
 
 _events = msgspec.json.Decoder(Event)
-Final_ = Finished | Checked
+_OUTCOMES: Final = frozenset(map(str, Outcome))
+_ALONE: Final = (
+    "an agent left alone rolls back unless it has committed: `migrate ps` shows where the process is"
+)
 T = TypeVar("T")
 
 
@@ -111,7 +115,9 @@ class Coordinator:
         """A person pressed Ctrl-C, or something like it."""
         self._interrupts += 1
         if self._interrupts == 1 and self._agent is not None:
-            self._say("warning", "giving up; waiting until the process runs on undisturbed (again: leave at once)")
+            self._say(
+                "warning", "giving up; waiting until the process runs on undisturbed (again: leave at once)"
+            )
             self._agent.send(ABORT)
         elif self._running is not None:
             self._running.cancel()
@@ -137,8 +143,7 @@ class Coordinator:
             if isinstance(event, StateChanged):
                 self._state = event.state
             self._on_event(event)
-        end = await agent.wait()
-        return self._silence(end.error())
+        return self._silence(await agent.wait())
 
     async def _drain(self, agent: AgentProcess) -> None:
         async for line in agent.lines():
@@ -148,33 +153,38 @@ class Coordinator:
     def _decode(self, line: bytes) -> Event:
         """A line as an event. What a login script prints in between is no event, and no reason to stop."""
         try:
-            return _events.decode(line)
+            event: Event = _events.decode(line)
+            return event
         except msgspec.MsgspecError:
             text = line.decode("utf-8", "replace")
             return Log(level="warning", message=f"not from the agent: {text}")
 
-    def _silence(self, error: LinkError) -> Finished:
-        """The agent ended without an answer."""
-        outcome = self._known_outcome()
+    def _silence(self, end: ProcessEnd) -> Finished:
+        """The agent, or the connection to it, ended without an answer."""
+        error = end.error()
+        outcome = self._outcome(certain=end.lost is None and not self._state)
         message = str(error)
         if outcome is Outcome.IN_DOUBT:
-            message += (
-                "; an agent that is alone rolls back by itself unless it has committed, so look with `migrate ps` where "
-                "the process is"
-            )
-        info = ErrorInfo(kind=error.kind, message=message, where="source")
-        return Finished(report=self._report(outcome, info))
-
-    def _known_outcome(self) -> Outcome:
-        if not self._asked or self._request.operation == "check":
-            return Outcome.REFUSED
-        return Outcome.MIGRATED if self._state in ("live", "migrated") else Outcome.IN_DOUBT if self._state else Outcome.REFUSED
+            message = f"{message}; {_ALONE}"
+        return Finished(
+            report=self._report(outcome, ErrorInfo(kind=error.kind, message=message, where="source"))
+        )
 
     def _left(self) -> Finished:
         """Nobody wanted to wait for the answer."""
-        info = ErrorInfo(kind="aborted", message="interrupted", where="coordinator")
-        outcome = self._known_outcome()
+        outcome = self._outcome(certain=False)
+        message = f"interrupted; {_ALONE}" if outcome is Outcome.IN_DOUBT else "interrupted"
+        info = ErrorInfo(kind="aborted", message=message, where="coordinator")
         return Finished(report=self._report(outcome, info))
+
+    def _outcome(self, certain: bool) -> Outcome:
+        """What can be said without the agent's answer; `certain`: it never began."""
+        if self._state in _OUTCOMES:
+            return Outcome(self._state)
+        if self._state == "live":
+            return Outcome.MIGRATED
+        untouched = certain or not self._asked or self._request.operation == "check"
+        return Outcome.REFUSED if untouched else Outcome.IN_DOUBT
 
     def _report(self, outcome: Outcome, error: ErrorInfo) -> Report:
         host = platform.node() if self._source is None else self._source.host

@@ -42,7 +42,9 @@ _OF_OUTCOME: Final = {
     Outcome.IN_DOUBT: ExitCode.IN_DOUBT,
 }
 _LINK_KINDS: Final = frozenset(
-    value.kind for value in vars(link_errors).values() if isinstance(value, type) and issubclass(value, LinkError)
+    value.kind
+    for value in vars(link_errors).values()
+    if isinstance(value, type) and issubclass(value, LinkError)
 )
 
 Where = Literal["coordinator", "source", "destination", "link"]

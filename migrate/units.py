@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_NUMBER: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)(/s|ps)?")
+_NUMBER: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)(/s)?")
 _MILLISECONDS: Final = {"us": 0.001, "ms": 1.0, "s": 1000.0, "min": 60_000.0}
 _BYTES: Final = {
     "bit": 0.125,
@@ -35,7 +35,10 @@ def parse_duration(text: str) -> float:
 
 
 def parse_bandwidth(text: str) -> int:
-    """`100mbit`, `10MB`, `12.5MiB/s` as bytes per second; ValueError. Bits only as "bit", so "Mb" are bytes too."""
+    """`100mbit`, `10MB`, `12.5MiB/s` as bytes per second.
+
+    ValueError. Bits only as "bit", so "Mb" are bytes too.
+    """
     match = _NUMBER.fullmatch(text.strip())
     if match is None or match[2].lower() not in _BYTES:
         raise ValueError(f"{text!r} is not a rate: write a number and a unit, as in 100mbit, 10MB or 10MiB")

@@ -41,6 +41,8 @@ def translate(error: Exception, target: HostTarget, trust: Trust | None) -> erro
         return _ssh_error(error, target, trust)
     if isinstance(error, OSError):
         return _network_error(error, name)
+    if isinstance(error, UnicodeError):
+        return errors.HostNotFound(name, f"no such name is possible: {error}")
     if isinstance(error, asyncssh.KeyImportError):
         return errors.IdentityUnusable(name, f"a private key cannot be used: {error}", "see --identity")
     return errors.SshConfigInvalid(name, str(error), "correct ssh_config")

@@ -12,7 +12,9 @@ from typing import Final
 
 import msgspec
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
+_LABEL: Final = r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}"
+_NAME: Final = re.compile(rf"(?=.{{1,255}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
+_ZONE: Final = re.compile(r"[A-Za-z0-9_.-]{1,15}")
 _USER: Final = re.compile(r"[A-Za-z0-9_.][^\s:/\[\]\x00-\x1f\x7f]{0,254}")
 _PORT: Final = re.compile(r"[0-9]{1,5}")
 
@@ -47,10 +49,13 @@ def _split_bracketed(text: str, rest: str) -> tuple[str, int | None]:
     address, bracket, tail = rest[1:].partition("]")
     if not bracket:
         raise InvalidTarget(f"{text!r}: the bracket is never closed")
+    zone = address.partition("%")[2]
     try:
         ipaddress.IPv6Address(address)
     except ValueError:
         raise InvalidTarget(f"{text!r}: {address!r} is not an IPv6 address") from None
+    if zone and not _ZONE.fullmatch(zone):
+        raise InvalidTarget(f"{text!r}: {zone!r} is not the name of an interface")
     if tail and not tail.startswith(":"):
         raise InvalidTarget(f"{text!r}: after the bracket only :PORT may follow")
     return address, _port(text, tail[1:]) if tail else None

@@ -1,4 +1,5 @@
-"""Addresses of this host's interfaces, and telling the neighbours where an address is (rtnetlink(7), RFC 826, 4861).
+"""Addresses of this host's interfaces, and telling the neighbours where an address is (rtnetlink(7), RFC 826,
+4861).
 
 Everything concerns the network namespace of the calling thread.
 """
@@ -122,7 +123,9 @@ def _interface_address(body: bytes) -> InterfaceAddress:
     family, prefix, short_flags, scope, index = _IFADDRMSG.unpack_from(body)
     found = attributes(body[_IFADDRMSG.size :])
     local, address = found.get(IFA_LOCAL), found.get(IFA_ADDRESS)
-    preferred, valid, _, _ = _CACHEINFO.unpack(found.get(IFA_CACHEINFO, _CACHEINFO.pack(FOREVER, FOREVER, 0, 0)))
+    preferred, valid, _, _ = _CACHEINFO.unpack(
+        found.get(IFA_CACHEINFO, _CACHEINFO.pack(FOREVER, FOREVER, 0, 0))
+    )
     return InterfaceAddress(
         interface=socket.if_indextoname(index),
         family=family,
@@ -203,7 +206,9 @@ def route_to(address: str) -> Route | None:
     """Where packets to `address` go; None: nowhere."""
     parsed = ipaddress.ip_address(address)
     family = socket.AF_INET if parsed.version == 4 else socket.AF_INET6
-    message = _RTMSG.pack(family, parsed.max_prefixlen, 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, parsed.packed)
+    message = _RTMSG.pack(family, parsed.max_prefixlen, 0, 0, 0, 0, 0, 0, 0) + attribute(
+        RTA_DST, parsed.packed
+    )
     with Netlink(NETLINK_ROUTE) as netlink:
         try:
             answers = netlink.request(RTM_GETROUTE, 0, message, address)
@@ -242,8 +247,8 @@ class Announcer:
     def announce(self, interface: str, address: str) -> bool:
         """Tell everyone on the link that `address` is here now. False: this kind of link has no such notion.
 
-        IPv4: gratuitous ARP in both forms, request and reply, since receivers differ in which they heed (RFC 5227, 3).
-        IPv6: an unsolicited neighbour advertisement with the override flag (RFC 4861, 7.2.6).
+        IPv4: gratuitous ARP in both forms, request and reply, since receivers differ in which they heed (RFC
+        5227, 3). IPv6: an unsolicited neighbour advertisement with the override flag (RFC 4861, 7.2.6).
         """
         link = next((one for one in links() if one.name == interface), None)
         if link is None:

@@ -1,7 +1,7 @@
 """Netlink (netlink(7)): one request, its answers, and attributes; no policy.
 
-Small enough to be used while a process is frozen: one send and one or two receives per request, nothing allocated
-in the background. Used for routing (addresses) and for socket diagnostics.
+Small enough to be used while a process is frozen: one send and one or two receives per request, nothing
+allocated in the background. Used for routing (addresses) and for socket diagnostics.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def attribute(kind: int, payload: bytes) -> bytes:
 
 
 def attributes(payload: bytes) -> dict[int, bytes]:
-    """The attributes in `payload` by type (the last of each type); raises ValueError if they are malformed."""
+    """The attributes in `payload` by type (the last of each); ValueError if they are malformed."""
     found: dict[int, bytes] = {}
     offset = 0
     while offset + 4 <= len(payload):
@@ -59,7 +59,7 @@ def attributes(payload: bytes) -> dict[int, bytes]:
 
 
 class Netlink:
-    """A netlink socket in the network namespace of the thread that made it. Not for use by several threads."""
+    """A netlink socket in the network namespace of the thread that made it; for one thread."""
 
     def __init__(self, protocol: int) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
@@ -81,7 +81,8 @@ class Netlink:
     def request(self, kind: int, flags: int, payload: bytes, subject: str) -> list[tuple[int, bytes]]:
         """Send one request, return its answers as (type, payload).
 
-        Raises OSError with the kernel's error and `subject`; EAGAIN if a dump was interrupted by a change (ask again).
+        Raises OSError with the kernel's error and `subject`; EAGAIN if a dump was interrupted by a change
+        (ask again).
         """
         self._sequence += 1
         flags |= NLM_F_REQUEST | (0 if flags & NLM_F_DUMP == NLM_F_DUMP else NLM_F_ACK)

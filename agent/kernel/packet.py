@@ -1,11 +1,13 @@
 """IP packets: taking copies of those that arrive, and letting them arrive again (packet(7), raw(7)).
 
-Copies are taken by packet sockets of one protocol each (IPv4, IPv6), not ETH_P_ALL: so a packet that crosses a bridge,
-a bond or a VLAN is seen once, on the interface where it enters the IP stack, and nothing that leaves is seen.
+Copies are taken by packet sockets of one protocol each (IPv4, IPv6), not ETH_P_ALL: so a packet that crosses
+a bridge, a bond or a VLAN is seen once, on the interface where it enters the IP stack, and nothing that
+leaves is seen.
 
-A packet is made to arrive again by a raw socket that sends it, headers included, to its own (local) destination. The
-kernel loops it back with the route of that send attached, so input routing does not judge its source address: it
-arrives whatever rp_filter says (measured with 0, 1 and 2). A firewall sees it on output and on input, on "lo".
+A packet is made to arrive again by a raw socket that sends it, headers included, to its own (local)
+destination. The kernel loops it back with the route of that send attached, so input routing does not judge
+its source address: it arrives whatever rp_filter says (measured with 0, 1 and 2). A firewall sees it on
+output and on input, on "lo".
 """
 
 from __future__ import annotations
@@ -99,7 +101,16 @@ def tcp_packet(
     """A whole IP packet with a TCP segment that has neither options nor data. Numbers wrap at 32 bits."""
     ends = [ipaddress.ip_address(one) for one in (source[0], destination[0])]
     tcp = struct.pack(
-        ">HHIIBBHHH", source[1], destination[1], seq & 0xFFFFFFFF, ack & 0xFFFFFFFF, 5 << 4, flags, window, 0, 0
+        ">HHIIBBHHH",
+        source[1],
+        destination[1],
+        seq & 0xFFFFFFFF,
+        ack & 0xFFFFFFFF,
+        5 << 4,
+        flags,
+        window,
+        0,
+        0,
     )
     if ends[0].version == 4:
         head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0, 64, socket.IPPROTO_TCP, 0)
@@ -109,7 +120,7 @@ def tcp_packet(
     return with_tcp_checksum(head + tcp, len(head))
 
 
-# taking copies -----------------------------------------------------------------------------------------------------
+# taking copies ----------------------------------------------------------------------------------------------
 
 
 def _arrives_here() -> list[tuple[int, int, int, int]]:
@@ -173,10 +184,12 @@ class Tap:
         return self._socket.fileno()
 
     def receive(self) -> bytes | None:
-        """The next packet that is complete and intact (its TCP checksum filled in), or None: none is waiting."""
+        """The next packet that is whole and intact (its TCP checksum filled in); None: none is waiting."""
         while True:
             try:
-                packet, control, flags, _ = self._socket.recvmsg(_PACKET_BYTES, socket.CMSG_SPACE(_AUXDATA.size))
+                packet, control, flags, _ = self._socket.recvmsg(
+                    _PACKET_BYTES, socket.CMSG_SPACE(_AUXDATA.size)
+                )
             except BlockingIOError:
                 return None
             whole = None if flags & socket.MSG_TRUNC else _completed(packet, _status(control))
@@ -200,8 +213,9 @@ def _status(control: list[tuple[int, int, bytes]]) -> int:
 
 
 def _completed(packet: bytes, status: int) -> bytes | None:
-    # A sender on the same machine and the kernel's own merging of segments (GRO) leave the checksum to be filled in.
-    # It is filled in only where the kernel vouches for the data: otherwise the receiving stack must judge it.
+    # A sender on the same machine and the kernel's own merging of segments (GRO) leave the checksum to be
+    # filled in. It is filled in only where the kernel vouches for the data: otherwise the receiving stack
+    # must judge it.
     try:
         parsed = parse(packet)
     except ValueError:
@@ -211,7 +225,7 @@ def _completed(packet: bytes, status: int) -> bytes | None:
     return with_tcp_checksum(packet, parsed.tcp)
 
 
-# letting them arrive -------------------------------------------------------------------------------------------------
+# letting them arrive ----------------------------------------------------------------------------------------
 
 
 class Injector:
@@ -229,7 +243,7 @@ class Injector:
                 raise
 
     def inject(self, packet: bytes) -> None:
-        """Returns when the packet is in the stack. OSError: EMSGSIZE (longer than the loopback's MTU), EPERM (firewall)."""
+        """Returns when it is in the stack. OSError: EMSGSIZE (loopback MTU), EPERM (firewall)."""
         if packet[0] >> 4 == 4:
             self._v4.sendto(packet, (socket.inet_ntop(socket.AF_INET, packet[16:20]), 0))
         elif self._v6 is not None:

@@ -1,4 +1,5 @@
-"""Which sockets there are in a network namespace, as the kernel lists them (sock_diag(7), linux/inet_diag.h)."""
+"""Which sockets there are in a network namespace, as the kernel lists them (sock_diag(7),
+linux/inet_diag.h)."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ _TAIL = struct.Struct("=IIIII")  # expires, rqueue, wqueue, uid, inode
 
 
 class SocketEntry(NamedTuple):
-    """One socket of the kernel's tables. Addresses as the family writes them; inode 0: no descriptor refers to it."""
+    """One socket of the kernel's tables. Inode 0: no descriptor refers to it."""
 
     family: int
     protocol: int

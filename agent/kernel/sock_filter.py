@@ -1,8 +1,9 @@
 """Classic BPF on a socket (socket(7), linux/filter.h): what holds incoming packets back while a socket moves.
 
-A filter of ours is a marker, a few instructions that drop, and then, never reached or reached only by what passes,
-the application's own program. So whoever finds a socket under our filter (a guardian, a restarted agent) can put
-everything back from the socket alone: the application's program and the SO_REUSEADDR that leaving repair forgets.
+A filter of ours is a marker, a few instructions that drop, and then, never reached or reached only by what
+passes, the application's own program. So whoever finds a socket under our filter (a guardian, a restarted
+agent) can put everything back from the socket alone: the application's program and the SO_REUSEADDR that
+leaving repair forgets.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ACCEPT = 0xFFFFFFFF
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jump if true, jump if false, k
 _PROGRAM = struct.Struct("@HP")  # struct sock_fprog: instructions, pointer to them
 _MARKER = 0x4D4F5645
+_NOTE_OFFSET = _INSTRUCTION.size + 4  # the lowest byte of the second instruction's k
 _TCP_FLAGS_OFFSET = 13
 _SYN, _SYN_ACK = 0x02, 0x12
 
@@ -47,7 +49,7 @@ class Kind(enum.IntEnum):
 
 
 class Filter(NamedTuple):
-    """A filter found on a socket. `program` is the application's (empty: none); `note` is the byte kept with ours."""
+    """A filter on a socket. `program` is the application's (empty: none), `note` the byte in ours."""
 
     kind: Kind
     program: bytes
@@ -63,11 +65,21 @@ _DROP = {
     Kind.LOCK: assemble([(BPF_RET_K, 0, 0, 0)]),
     Kind.QUIESCE: assemble(
         [
-            (BPF_LD_B_ABS, 0, 0, _TCP_FLAGS_OFFSET),  # a TCP socket's filter sees the packet from the TCP header on
+            (
+                BPF_LD_B_ABS,
+                0,
+                0,
+                _TCP_FLAGS_OFFSET,
+            ),  # a TCP socket's filter sees the packet from the TCP header on
             (BPF_ALU_AND_K, 0, 0, _SYN_ACK),
             (BPF_JMP_JEQ_K, 0, 1, _SYN),
             (BPF_RET_K, 0, 0, 0),
-            (BPF_LD_W_IMM, 0, 0, 0),  # the application's program finds the accumulator as it would without ours
+            (
+                BPF_LD_W_IMM,
+                0,
+                0,
+                0,
+            ),  # the application's program finds the accumulator as it would without ours
         ]
     ),
 }
@@ -80,7 +92,7 @@ def _prefix(kind: Kind, note: int) -> bytes:
 
 
 def attach(sock: socket.socket, program: bytes) -> None:
-    """SO_ATTACH_FILTER, in place of what was there. EPERM if the application locked its filter (SO_LOCK_FILTER)."""
+    """SO_ATTACH_FILTER, in place of what was there. EPERM if it was locked (SO_LOCK_FILTER)."""
     buffer = ctypes.create_string_buffer(program, len(program))
     packed = _PROGRAM.pack(len(program) // _INSTRUCTION.size, ctypes.addressof(buffer))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, packed)
@@ -92,14 +104,17 @@ def detach(sock: socket.socket) -> None:
 
 
 def read(sock: socket.socket) -> Filter | None:
-    """The filter on the socket, or None. Raises OSError: EACCES for an extended BPF program, which cannot be read."""
+    """The filter on the socket, or None. OSError EACCES: it is extended BPF, which cannot be read."""
     program = _read_program(sock)
-    if not program:
-        return None
+    return understand(program) if program else None
+
+
+def understand(program: bytes) -> Filter:
+    """Whose program it is."""
     for kind in _DROP:
-        note = program[_INSTRUCTION.size + 4] if len(program) > 2 * _INSTRUCTION.size else 0
+        note = program[_NOTE_OFFSET] if len(program) > _NOTE_OFFSET else 0
         prefix = _prefix(kind, note)
-        if program.startswith(prefix):
+        if len(program) > len(prefix) and program.startswith(prefix):
             own = program[len(prefix) :]
             return Filter(kind, b"" if own == _ACCEPT_ALL else own, note)
     return Filter(Kind.APPLICATION, program, 0)
@@ -118,7 +133,8 @@ def _read_program(sock: socket.socket) -> bytes:
 
 
 def hold(sock: socket.socket, kind: Kind, program: bytes, note: int) -> None:
-    """Put a filter of ours on the socket that keeps `program` (the application's, may be empty) and `note` (a byte).
+    """Put a filter of ours on the socket that keeps `program` (the application's, may be empty) and `note` (a
+    byte).
 
     Effect on success: what `kind` says is dropped from now on. On failure: the filter is as before. EINVAL if
     `program` is so long (more than 4088 instructions) that ours does not fit before it.

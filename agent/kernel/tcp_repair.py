@@ -1,7 +1,7 @@
 """TCP as the kernel lets it be read and set: TCP_INFO, TCP_REPAIR and the queue ioctls (tcp(7), linux/tcp.h).
 
-Thin wrappers, no policy. All take a `socket.socket`; `borrow` lends one for a descriptor that somebody else owns.
-Sequence numbers are 32 bit and wrap; queue sizes are bytes.
+Thin wrappers, no policy. All take a `socket.socket`; `borrow` lends one for a descriptor that somebody else
+owns. Sequence numbers are 32 bit and wrap; queue sizes are bytes.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def set_queue_seq(sock: socket.socket, queue: Queue, seq: int) -> None:
 def repair_options(
     sock: socket.socket, mss_clamp: int, wscale: tuple[int, int], sack: bool, timestamps: bool
 ) -> None:
-    """What the handshake agreed on; `wscale` is (send, receive), each at most 14. Only right after connect."""
+    """What the handshake settled; `wscale` is (send, receive), at most 14. Only right after connect."""
     pairs = [(TCPOPT_MSS, mss_clamp), (TCPOPT_WINDOW, wscale[0] | wscale[1] << 16)]
     pairs += [(TCPOPT_SACK_PERM, 0)] if sack else []
     pairs += [(TCPOPT_TIMESTAMP, 0)] if timestamps else []
@@ -177,7 +177,7 @@ def repair_options(
 
 
 def mss_clamp(sock: socket.socket) -> int:
-    """The peer's announced maximum segment size; only in repair (otherwise TCP_MAXSEG means something else)."""
+    """The peer's announced maximum segment size; only in repair."""
     return sock.getsockopt(SOL_TCP, TCP_MAXSEG)
 
 
@@ -191,7 +191,7 @@ def set_repair_window(sock: socket.socket, window: RepairWindow) -> None:
 
 
 def timestamp(sock: socket.socket) -> int:
-    """The timestamp that the connection would send now: milliseconds (or microseconds, TCPI_OPT_USEC_TS), wrapping."""
+    """The timestamp that would be sent now: milliseconds (TCPI_OPT_USEC_TS: micro-), wrapping."""
     return sock.getsockopt(SOL_TCP, TCP_TIMESTAMP) & 0xFFFFFFFF
 
 
@@ -212,7 +212,7 @@ def unread(sock: socket.socket) -> int:
 
 
 def unacknowledged(sock: socket.socket) -> int:
-    """SIOCOUTQ: bytes written and not yet acknowledged, sent or not; a FIN that is not acknowledged counts one."""
+    """SIOCOUTQ: bytes written and not yet acknowledged, sent or not; a FIN counts as one."""
     return _ioctl_int(sock, SIOCOUTQ)
 
 

@@ -1,14 +1,16 @@
 """Service addresses: those that move with a process, so that its clients find it where it is.
 
 Source: `takeover_blockers` before anything is touched, `withdraw` after COMMIT (`restore` undoes it).
-Destination: `place` before anything is touched, `install` on COMMIT, then `announce` (`remove` undoes `install`).
-All of it concerns the network namespace of the calling thread.
+Destination: `place` before anything is touched, `install` on COMMIT, then `announce` (`remove` undoes
+`install`). All of it concerns the network namespace of the calling thread.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import ipaddress
+import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -110,9 +112,11 @@ def _unfit(
         return [_blocker("address-not-here", address, "no interface of this host has it")]
     if len(entries) > 1 or entries[0].peer:
         return [_blocker("address-kind", address, "it is on several interfaces or a point-to-point link")]
-    hint = "give the service an address of its own (ip address add ADDRESS dev INTERFACE) and let its clients use that"
+    hint = "give the service an address of its own (ip address add ...) and let its clients use that"
     if address in links:
-        return [_blocker("address-carries-link", address, "the connection between the two hosts uses it", hint)]
+        return [
+            _blocker("address-carries-link", address, "the connection between the two hosts uses it", hint)
+        ]
     why = _host_needs(entries[0], here)
     return [_blocker("address-primary", address, why, hint)] if why else []
 
@@ -167,7 +171,9 @@ def _list(diag: SockDiag, family: int, protocol: int) -> list[SocketEntry]:
     try:
         return list(diag.sockets(family, protocol))
     except OSError as error:
-        if error.errno == errno.ENOENT:  # a protocol this kernel has not (loaded), so there are no sockets of it
+        if (
+            error.errno == errno.ENOENT
+        ):  # a protocol this kernel has not (loaded), so there are no sockets of it
             return []
         raise
 
@@ -175,8 +181,8 @@ def _list(diag: SockDiag, family: int, protocol: int) -> list[SocketEntry]:
 def orphans(addresses: Collection[str]) -> int:
     """TCP connections on `addresses` that no descriptor refers to but that have not said everything yet.
 
-    They are the kernel's alone, cannot be moved, and are usually gone within milliseconds: wait, or accept that
-    their peers see a reset.
+    They are the kernel's alone, cannot be moved, and are usually gone within milliseconds: wait, or accept
+    that their peers see a reset.
     """
     wanted = {_normal(one) for one in addresses}
     states = sum(1 << one for one in (TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK))
@@ -193,7 +199,7 @@ def orphans(addresses: Collection[str]) -> int:
 
 
 def withdraw(address: ServiceAddress) -> None:
-    """Take the address from this host; from now on it answers nothing that comes for it. Gone already is fine."""
+    """Take the address from this host, which answers nothing for it any more. Gone already is fine."""
     try:
         kernel.delete(_entry(address, address.interface))
     except OSError as error:
@@ -210,19 +216,26 @@ def restore(address: ServiceAddress) -> None:
 
 
 def place(address: ServiceAddress) -> str | Blocker:
-    """The interface of this host that can have the address: one that is up and in the same network. Reads only.
+    """The interface of this host that can have the address: one that is up and in the same network. Reads
+    only.
 
     The source's own interface name is preferred where several can.
     """
     here = kernel.addresses()
     if any(one.address == address.address for one in here):
         return _blocker("address-taken", address.address, "the destination has this address already")
-    up = {one.name for one in kernel.links() if one.flags & kernel.IFF_UP and not one.flags & kernel.IFF_LOOPBACK}
+    up = {
+        one.name
+        for one in kernel.links()
+        if one.flags & kernel.IFF_UP and not one.flags & kernel.IFF_LOOPBACK
+    }
     inside = ipaddress.ip_address(address.address)
     fitting = [one.interface for one in here if one.interface in up and inside in one.network]
     if not fitting:
         why = "no interface of the destination is in the network of this address"
-        hint = "connect the destination to that network, or use an address of a network that both hosts are in"
+        hint = (
+            "connect the destination to that network, or use an address of a network that both hosts are in"
+        )
         return _blocker("address-no-place", f"{address.address}/{address.prefix_length}", why, hint)
     return address.interface if address.interface in fitting else fitting[0]
 
@@ -241,9 +254,16 @@ def install(address: ServiceAddress, interface: str) -> None:
         time.sleep(0.0002)
 
 
-def announce(address: ServiceAddress, interface: str, announcer: Announcer) -> bool:
-    """Tell the neighbours once. Frames can get lost: to be repeated a few times over the first second."""
-    return announcer.announce(interface, address.address)
+def announce(address: ServiceAddress, interface: str, announcer: Announcer | None = None) -> bool:
+    """Tell the neighbours once; False: nobody to tell. Frames get lost: repeat it over the first second."""
+    return (announcer or _announcer(os.stat("/proc/thread-self/ns/net").st_ino)).announce(
+        interface, address.address
+    )
+
+
+@functools.cache
+def _announcer(_network_namespace: int) -> Announcer:
+    return Announcer()  # kept: closing one takes milliseconds
 
 
 def remove(address: ServiceAddress, interface: str) -> None:

@@ -1,9 +1,10 @@
-"""Lossless switchover: what arrives for a service address in the pause is kept and delivered to the new place.
+"""Lossless switchover: what arrives for a service address in the pause is kept and delivered to the new
+place.
 
-A dropped packet costs its sender a retransmission timeout (200 ms and more, a SYN a second); a packet that arrives a
-pause late costs the pause. Source: `PacketCapture` is opened before the freeze, started first thing in it, drained
-after the addresses were withdrawn and again until the neighbours know the new place. Destination: `replay`, after the
-sockets are active. Undoing a freeze: `replay` on the source itself.
+A dropped packet costs its sender a retransmission timeout (200 ms and more, a SYN a second); a packet that
+arrives a pause late costs the pause. Source: `PacketCapture` is opened before the freeze, started first thing
+in it, drained after the addresses were withdrawn and again until the neighbours know the new place.
+Destination: `replay`, after the sockets are active. Undoing a freeze: `replay` on the source itself.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def _parsed(addresses: Iterable[str]) -> list[Address]:
 class PacketCapture:
     """Copies of the TCP packets that arrive from outside for `addresses` (and `ports`, if given).
 
-    Needs CAP_NET_RAW. Costs nothing while not started. `lost` counts packets that found no room: their senders will
-    send them again by themselves.
+    Needs CAP_NET_RAW. Costs nothing while not started. `lost` counts packets that found no room: their
+    senders will send them again by themselves.
     """
 
     def __init__(
@@ -54,7 +55,8 @@ class PacketCapture:
             tap.stop()
 
     def drain(self, max_packets: int = 20_000, max_bytes: int = 64 << 20) -> list[bytes]:
-        """What arrived since the last call, whole IP packets in order of arrival; at most so many and so much.
+        """What arrived since the last call, whole IP packets in order of arrival; at most so many and so
+        much.
 
         More may be waiting if a limit was reached: call again. Does not block.
         """
@@ -86,9 +88,10 @@ class PacketCapture:
 def replay(packets: Iterable[bytes], addresses: Iterable[str], injector: Injector | None = None) -> int:
     """Let `packets` arrive at this host, in order; returns how many did.
 
-    Only whole TCP packets to one of `addresses`, which must be on this host by now, are let in: anything else came
-    from a peer that is not what it should be, and raises ValueError before anything is delivered. A packet that this
-    host's firewall or a smaller loopback MTU rejects is left out: its sender will send it again.
+    Only whole TCP packets to one of `addresses`, which must be on this host by now, are let in: anything else
+    came from a peer that is not what it should be, and raises ValueError before anything is delivered. A
+    packet that this host's firewall or a smaller loopback MTU rejects is left out: its sender will send it
+    again.
     """
     allowed = set(_parsed(addresses))
     checked = list(packets)

@@ -71,10 +71,10 @@ class Hosts(Lab):
         return dict(zip(names, links.split(), strict=True))
 
     def processes(self, host: str) -> dict[int, str]:
-        """What runs in a host, by pid: the command lines."""
+        """What runs in a host, by pid: the command lines. Without the asking itself."""
         listing = self.run(host, "ps", "-e", "-o", "pid=,args=")
         entries = (line.split(None, 1) for line in listing.splitlines())
-        return {int(pid): command for pid, command in entries if not command.startswith("ps -e")}
+        return {int(pid): command for pid, command in entries if "ps -e -o pid=,args=" not in command}
 
     def agents(self, host: str, role: str = "") -> list[int]:
         """Pids of the project's processes in a host, by /proc/PID/cmdline."""

@@ -8,17 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from segment import Host, segment
+from segment import Host, segment, wait_for
 
+from agent.kernel import sock_filter, tcp_repair
 from agent.kernel.addresses import Announcer
+from agent.kernel.tcp_repair import TcpState, tcp_info
 from agent.resources import service_address, tcp
 from agent.resources.service_address import ServiceAddress
 from agent.resources.switchover import PacketCapture, replay
+from agent.resources.tcp import options
 
 V4, V6 = "10.77.0.100", "fd77::100"
 SERVICE = (V4, V6)
 PORT = 7000
 INTERFACE = "eth0"
+MIB = 1 << 20
 
 
 def nothing() -> None:
@@ -50,9 +54,16 @@ class Service:
             self.replayed = replay(capture.drain(), SERVICE)
         capture.close()
 
-    def move(self, destination: Host, pause: Callable[[], None] = nothing, lossless: bool = True) -> None:
-        """`pause` is called while the sockets are held still on the source and rebuilt on the destination."""
+    def move(
+        self,
+        destination: Host,
+        pause: Callable[[], None] = nothing,
+        lossless: bool = True,
+        transfer: Callable[[], None] = nothing,
+    ) -> None:
+        """`transfer` is called while the sockets are held still, `pause` when they are rebuilt as well."""
         capture = self.freeze()
+        transfer()
         announcer = self._announcer(destination)
         with destination:
             rebuilt = [tcp.rebuild(state) for state in self.states]
@@ -151,3 +162,112 @@ def laboratory() -> Iterator[Lab]:
         hosts[1].run("ip", "addr", "add", f"{V4}/24", "dev", INTERFACE)
         hosts[1].run("ip", "addr", "add", f"{V6}/64", "dev", INTERFACE, "nodad")
         yield Lab(*hosts)
+
+
+def state_of(sock: socket.socket) -> TcpState:
+    return TcpState(tcp_info(sock).state)
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = sock.recv(min(size - len(data), MIB))
+        assert piece, f"the stream ended after {len(data)} of {size} bytes"
+        data += piece
+    return bytes(data)
+
+
+def fill(sock: socket.socket, data: bytes) -> int:
+    """Write as much of `data` as the kernel takes."""
+    sock.setblocking(False)
+    written = 0
+    try:
+        while written < len(data):
+            written += sock.send(memoryview(data)[written:])
+    except BlockingIOError:
+        pass
+    sock.settimeout(20)
+    return written
+
+
+def peer_got(sock: socket.socket) -> Callable[[], bool]:
+    """Everything written to `sock` was acknowledged."""
+    return lambda: tcp_repair.unacknowledged(sock) == 0
+
+
+def large_buffers(*sockets: socket.socket) -> None:
+    for one in sockets:
+        one.setsockopt(socket.SOL_SOCKET, 32, 8 * MIB)  # SO_SNDBUFFORCE
+        one.setsockopt(socket.SOL_SOCKET, 33, 8 * MIB)  # SO_RCVBUFFORCE
+
+
+def deafen(sock: socket.socket) -> None:
+    sock_filter.attach(sock, sock_filter.assemble([(sock_filter.BPF_RET_K, 0, 0, 0)]))
+
+
+def enter(state: TcpState, lab: Lab, client: socket.socket, server: socket.socket) -> None:
+    """Bring the server's socket into `state`, with data in both directions before the ends of the streams."""
+    client.sendall(b"before the end")
+    server.sendall(b"before the end")
+    wait_for(lambda: tcp_repair.unread(server) == 14 and tcp_repair.unread(client) == 14, "both greetings")
+    wait_for(peer_got(server), "the acknowledgement")
+    if state == TcpState.CLOSING:
+        deafen(client)  # so that its FIN does not acknowledge ours
+        server.shutdown(socket.SHUT_WR)
+        client.shutdown(socket.SHUT_WR)
+        wait_for(lambda: state_of(server) == state, state.name)
+        sock_filter.detach(client)
+        return
+    if state in (TcpState.CLOSE_WAIT, TcpState.LAST_ACK):
+        client.shutdown(socket.SHUT_WR)
+        wait_for(lambda: state_of(server) == TcpState.CLOSE_WAIT, "CLOSE_WAIT")
+    if state in (TcpState.FIN_WAIT1, TcpState.LAST_ACK):
+        with lab.first:
+            tcp.lock(server.fileno())
+    if state != TcpState.CLOSE_WAIT:
+        server.shutdown(socket.SHUT_WR)
+    wait_for(lambda: state_of(server) == state, state.name)
+
+
+HALF_CLOSED = [
+    TcpState.CLOSE_WAIT,
+    TcpState.FIN_WAIT1,
+    TcpState.FIN_WAIT2,
+    TcpState.LAST_ACK,
+    TcpState.CLOSING,
+]
+
+
+def options_of(sock: socket.socket) -> dict[str, bytes | None]:
+    values = {name: options.get(sock, option) for name, option in options.OPTIONS.items()}
+    values["SO_REUSEADDR"] = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 4)
+    values["SO_BUF_LOCK"] = sock.getsockopt(socket.SOL_SOCKET, 72, 4)
+    values["device"] = sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)
+    return values
+
+
+def accept(lab: Lab, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    client = lab.client.socket(socket.AF_INET)
+    client.connect((V4, PORT))
+    server, _ = listener.accept()
+    server.settimeout(20)
+    return client, server
+
+
+def drop_payload_with(first_byte: int) -> bytes:
+    """A filter as an application might have: it drops segments whose data begins with `first_byte`."""
+    return sock_filter.assemble(
+        [
+            (sock_filter.BPF_LD_B_ABS, 0, 0, 12),
+            (0x74, 0, 0, 2),  # A >>= 2: the length of the TCP header
+            (0x54, 0, 0, 0x3C),
+            (0x07, 0, 0, 0),  # X = A
+            (0x80, 0, 0, 0),  # A = length
+            (0x1D, 0, 1, 0),  # no data?
+            (sock_filter.BPF_RET_K, 0, 0, sock_filter.ACCEPT),
+            (0x50, 0, 0, 0),  # A = first byte of data
+            (sock_filter.BPF_JMP_JEQ_K, 0, 1, first_byte),
+            (sock_filter.BPF_RET_K, 0, 0, 0),
+            (sock_filter.BPF_RET_K, 0, 0, sock_filter.ACCEPT),
+        ]
+    )

@@ -146,6 +146,12 @@ def test_a_command_dies_with_the_exec_that_started_it(lab: Lab) -> None:
     until(lambda: lab.exec("alpha", "test", "-e", f"/proc/{pid}", check=False).returncode == 1, "sleep ends")
 
 
+def test_a_commands_parent_is_in_its_host(lab: Lab) -> None:
+    """With its parent outside, both killed could leave a zombie that keeps the host from ending."""
+    parent = lab.exec("alpha", "sh", "-c", "ps -o ppid= -p $PPID").stdout.strip()
+    assert parent == "1"
+
+
 def test_commands_start_with_default_signals_and_no_descriptors(lab: Lab) -> None:
     stray, other = os.pipe()
     try:

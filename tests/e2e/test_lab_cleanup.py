@@ -103,8 +103,12 @@ def test_a_killed_host_is_dead_and_the_others_are_not() -> None:
         lab_state = state.load(raised.name)
         assert lab_state is not None
         init = lab_state.host("beta").init
+        running = raised.popen("beta", "sh", "-c", "echo ready; exec sleep 1000", stdout=subprocess.PIPE)
+        assert running.stdout is not None and running.stdout.readline() == b"ready\n"
         os.kill(init.pid, signal.SIGKILL)
         until(lambda: not init.alive(), "it ends")
+        running.communicate(timeout=30)
+        assert running.returncode == 128 + signal.SIGKILL
         shown = command("status", "--name", raised.name)
         assert shown.returncode == 1 and re.search(r"^beta +dead ", shown.stdout, re.MULTILINE)
         assert "is dead" in raised.exec("beta", "true", check=False).stderr

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import select
 import signal
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from lab import kernel, processes
@@ -13,7 +17,7 @@ from lab.plan import HOST_DIRECTORY, LabError
 from lab.state import HostState
 
 _SI_KERNEL = 0x80  # asm-generic/siginfo.h: sent by the kernel, as a terminal's signals are
-_PASSED_ON = {
+_PASSED_ON = (
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGHUP,
@@ -21,7 +25,8 @@ _PASSED_ON = {
     signal.SIGUSR1,
     signal.SIGUSR2,
     signal.SIGWINCH,
-}
+)
+_AWAITED = (*_PASSED_ON, signal.SIGIO)
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as a shell has it
 
 
@@ -38,26 +43,76 @@ def enter(host: HostState) -> None:
 def run(command: list[str], environment: Mapping[str, str]) -> int:
     """Run `command` in the entered host with our standard streams; its exit status, 128 + N for signal N.
 
-    Signals sent to us go to it, and it does not outlive us.
+    Signals sent to us go to it, and it does not outlive us. Its parent is an attendant in the host, not us: a
+    zombie whose parent is outside would keep the host's pid namespace from ending until someone reaps it.
     """
-    signals = {*_PASSED_ON, signal.SIGCHLD}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
+    ours, theirs = socket.socketpair()
+
+    def attendant() -> NoReturn:
+        ours.close()
+        _attend(theirs, command, environment)
+
+    _fork_orphan(attendant)
+    theirs.close()
+    return _relay(ours)
+
+
+def _relay(attendant: socket.socket) -> int:
+    """Pass signals on to the command until its exit status comes.
+
+    Both are waited for as signals: sigwaitinfo tells who sent one, and no thread can be started by a process
+    whose children will be in another pid namespace (clone(2), EINVAL).
+    """
+    _announce_by_signal(attendant)
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            status = attendant.recv(1)
+            return status[0] if status else 128 + signal.SIGKILL  # the host is gone
+        received = signal.sigwaitinfo(_AWAITED)
+        if received.si_signo != signal.SIGIO and received.si_code != _SI_KERNEL:
+            # A terminal's signals go to the command anyway.
+            with contextlib.suppress(BrokenPipeError):
+                attendant.send(bytes([received.si_signo]))
+
+
+def _announce_by_signal(end: socket.socket) -> None:
+    """Have SIGIO sent to this process when there is something to receive (fcntl(2), F_SETOWN)."""
+    end.setblocking(False)
+    fcntl.fcntl(end, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _attend(caller: socket.socket, command: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Be the parent of `command`: send it the signals that `caller` names, and tell its exit status."""
 
     def work() -> NoReturn:
         kernel.set_death_signal(signal.SIGKILL)
         processes.close_others()
         _execute(command, environment)
 
+    processes.close_others(caller.fileno())
     child = processes.fork_into(work)
-    while True:
-        received = signal.sigwaitinfo(signals)
-        if received.si_signo == signal.SIGCHLD:
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid == child:
-                code = os.waitstatus_to_exitcode(status)
-                return code if code >= 0 else 128 - code
-        elif received.si_code != _SI_KERNEL:  # the terminal's went to it too
-            os.kill(child, received.si_signo)
+    ended = os.pidfd_open(child)
+    while ended not in select.select([ended, caller.fileno()], [], [])[0]:
+        received = caller.recv(1)
+        os.kill(child, received[0] if received else signal.SIGKILL)
+        if not received:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(BrokenPipeError):
+        caller.send(bytes([code if code >= 0 else 128 - code]))
+    os._exit(0)
+
+
+def _fork_orphan(work: Callable[[], NoReturn]) -> None:
+    """Run `work` in a process of the entered host that is a child of its pid 1."""
+
+    def middle() -> NoReturn:
+        processes.fork_into(work)
+        os._exit(0)
+
+    os.waitpid(processes.fork_into(middle), 0)
 
 
 def start(command: list[str], environment: Mapping[str, str]) -> int:
@@ -77,11 +132,7 @@ def start(command: list[str], environment: Mapping[str, str]) -> int:
         os.write(writer, f"pid {os.getpid()}\n".encode())
         _execute(command, environment, report=writer)
 
-    def middle() -> NoReturn:
-        processes.fork_into(leader)  # orphaned at once, in the host: so pid 1 adopts it
-        os._exit(0)
-
-    os.waitpid(processes.fork_into(middle), 0)
+    _fork_orphan(leader)
     os.close(writer)
     with open(reader) as answers:
         told = dict(line.rstrip("\n").split(" ", 1) for line in answers)

@@ -57,7 +57,11 @@ def _state_reasons(info: TcpSocketInfo) -> Iterator[tuple[str, str, str]]:
     if info.state in (TcpState.SYN_SENT, TcpState.SYN_RECV, TcpState.NEW_SYN_RECV):
         yield "tcp-connecting", "its handshake is not finished", _TRANSIENT
     elif info.state in (TcpState.CLOSE, TcpState.TIME_WAIT) and info.used:
-        yield "tcp-ended", "its connection has ended, and how cannot be read from it", "let the program close it"
+        yield (
+            "tcp-ended",
+            "its connection has ended, and how cannot be read from it",
+            "let the program close it",
+        )
     elif info.state not in MOVABLE_STATES | {TcpState.LISTEN, TcpState.CLOSE}:
         yield "tcp-state", f"state {info.state.name} is not known", ""
     if info.repair and not info.locked:
@@ -87,7 +91,11 @@ def _option_reasons(sock: socket.socket) -> Iterator[tuple[str, str, str]]:
             what = f" ({value.rstrip(chr(0).encode()).decode()})" if name == "TCP_ULP" else ""
             yield "tcp-option", f"socket option {name} is in use{what}", ""
     if _has(sock, tcp_repair.TCP_AO_INFO):
-        yield "tcp-ao", "its segments are authenticated (TCP-AO), and the kernel does not give the keys away", ""
+        yield (
+            "tcp-ao",
+            "its segments are authenticated (TCP-AO), and the kernel does not give the keys away",
+            "",
+        )
 
 
 def _has(sock: socket.socket, tcp_option: int) -> bool:
@@ -129,7 +137,9 @@ def can_listen(state: TcpListener) -> Blocker | None:
     except OSError as error:
         what = f"tcp {state.local}"
         if error.errno == errno.EADDRINUSE:
-            return _blocker("tcp-port-taken", what, "another socket of the destination has this port", "free it")
+            return _blocker(
+                "tcp-port-taken", what, "another socket of the destination has this port", "free it"
+            )
         return _blocker("tcp-listener", what, f"the destination cannot listen there: {error.strerror}")
     discard(fd)
     return None
@@ -139,5 +149,6 @@ def can_connect(info: TcpSocketInfo) -> Blocker | None:
     """Whether this host has a route to the peer of a connection that would come here."""
     if info.peer is None or addresses.route_to(info.peer.address) is not None:
         return None
-    return _blocker("tcp-no-route", f"tcp {info.local} to {info.peer}", "the destination has no route to the peer")
-
+    return _blocker(
+        "tcp-no-route", f"tcp {info.local} to {info.peer}", "the destination has no route to the peer"
+    )

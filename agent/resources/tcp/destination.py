@@ -35,8 +35,9 @@ _LARGEST_MAXSEG = 32767  # MAX_TCP_WINDOW
 _BUFFER_LIMIT = 0x3FFFFFFF  # twice that is the largest int
 _AFTER_FIN = FIN_RECEIVED | {TcpState.TIME_WAIT, TcpState.CLOSE}
 _FIN_SECONDS = 0.1  # measured: it is there when the send returns
-# A source may still have sent (an acknowledgement, a retransmission) after its timestamp was read. Going on a little
-# later than that keeps the peer from taking us for an old duplicate (RFC 7323, PAWS); jumping forward does no harm.
+# A source may still have sent (an acknowledgement, a retransmission) after its timestamp was read. Going on a
+# little later than that keeps the peer from taking us for an old duplicate (RFC 7323, PAWS); jumping forward
+# does no harm.
 _TIMESTAMP_MARGIN_MS = 1000
 _TIMESTAMP_MARGIN_MAX_MS = 60_000
 
@@ -44,10 +45,11 @@ _TIMESTAMP_MARGIN_MAX_MS = 60_000
 def rebuild(state: TcpConnection | TcpListener) -> int:
     """A new socket that is what `state` says, locked, and silent until `activate`. Returns its descriptor.
 
-    The address need not be on this host yet. Listeners must be rebuilt before connections, which may share their
-    port. Raises OSError: EADDRINUSE (the port is taken), ENETUNREACH (no route to the peer), ENOENT (a congestion
-    control that this kernel lacks), ENODEV (bound to a device that is not here), ENOPROTOOPT (an option in use that
-    this kernel lacks), ENOMEM; nothing is left behind then. KeyError: an option that is none.
+    The address need not be on this host yet. Listeners must be rebuilt before connections, which may share
+    their port. Raises OSError: EADDRINUSE (the port is taken), ENETUNREACH (no route to the peer), ENOENT (a
+    congestion control that this kernel lacks), ENODEV (bound to a device that is not here), ENOPROTOOPT (an
+    option in use that this kernel lacks), ENOMEM; nothing is left behind then. KeyError: an option that is
+    none.
     """
     sock = _new_socket(state)
     try:
@@ -111,11 +113,11 @@ def _rebuild_connection(sock: socket.socket, state: TcpConnection) -> None:
     _set_size(sock, SO_RCVBUFFORCE, len(queues.unread) + _BUFFER_SLACK)
     _set_size(sock, SO_SNDBUFFORCE, len(queues.sent) + len(queues.unsent) + _BUFFER_SLACK)
     _write_queue(sock, Queue.RECEIVE, queues.unread)
-    # Before anything is sent: a window that is offered must fit into the buffer, or the kernel takes it back when it
-    # is used, and from then on takes the peer's acknowledgements for segments beyond the window.
+    # Before anything is sent: a window that is offered must fit into the buffer, or the kernel takes it back
+    # when it is used, and from then on takes the peer's acknowledgements for segments beyond the window.
     _set_size(sock, SO_RCVBUFFORCE, state.buffers[0] // 2)
-    # What was sent and not acknowledged waits for `activate`: in the queue, it would be sent again after a second,
-    # COMMIT or not.
+    # What was sent and not acknowledged waits for `activate`: in the queue, it would be sent again after a
+    # second, COMMIT or not.
     receive_end = (queues.receive_seq + len(queues.unread)) & 0xFFFFFFFF
     tcp_repair.set_repair_window(sock, _window(RepairWindow(*state.window), receive_end))
     _set_window_clamp(sock, state.window_clamp)
@@ -136,8 +138,8 @@ def _connect(sock: socket.socket, state: TcpConnection) -> None:
 
 
 def _set_segment_size(sock: socket.socket, size: int) -> None:
-    # What is sent is cut by a size that connect works out and TCP_REPAIR_OPTIONS does not change: without this, the
-    # connection would go on in segments of 536 bytes.
+    # What is sent is cut by a size that connect works out and TCP_REPAIR_OPTIONS does not change: without
+    # this, the connection would go on in segments of 536 bytes.
     sock.setsockopt(tcp_repair.SOL_TCP, tcp_repair.TCP_MAXSEG, size)
 
 
@@ -149,10 +151,14 @@ def _agree(sock: socket.socket, state: TcpConnection) -> None:
 
 
 def _timestamp_now(state: TcpConnection, captured: int) -> int:
-    elapsed = (time.time() - state.captured_at) * 1000 + _TIMESTAMP_MARGIN_MS  # the hosts' clocks may differ: bounded
+    elapsed = (
+        time.time() - state.captured_at
+    ) * 1000 + _TIMESTAMP_MARGIN_MS  # the hosts' clocks may differ: bounded
     margin = int(min(max(elapsed, _TIMESTAMP_MARGIN_MS), _TIMESTAMP_MARGIN_MAX_MS))
     value = captured + (margin * 1000 if state.timestamp_usec else margin)
-    return (value | 1 if state.timestamp_usec else value & ~1) & 0xFFFFFFFF  # since Linux 6.7: microseconds or not
+    return (
+        value | 1 if state.timestamp_usec else value & ~1
+    ) & 0xFFFFFFFF  # since Linux 6.7: microseconds or not
 
 
 def _window(window: RepairWindow, receive_end: int) -> RepairWindow:
@@ -164,8 +170,8 @@ def _window(window: RepairWindow, receive_end: int) -> RepairWindow:
 
 
 def _set_window_clamp(sock: socket.socket, clamp: int) -> None:
-    # Below and then to the value: only where the clamp grows does the kernel raise its slow-start threshold of the
-    # window that it offers to the window just restored.
+    # Below and then to the value: only where the clamp grows does the kernel raise its slow-start threshold
+    # of the window that it offers to the window just restored.
     for value in (clamp - 1, clamp):
         sock.setsockopt(tcp_repair.SOL_TCP, tcp_repair.TCP_WINDOW_CLAMP, value)
 
@@ -209,8 +215,9 @@ def _set_device(sock: socket.socket, device: bytes) -> None:
 def activate(fd: int, state: TcpConnection | TcpListener) -> None:
     """Bring a rebuilt socket to life; its address must be on this host by now. Idempotent.
 
-    Effect: the peer is asked for its window, bytes never sent are sent, a shutdown is repeated, the application's
-    own filter is back. OSError: the connection is alive but something of it (named) could not be restored.
+    Effect: the peer is asked for its window, bytes never sent are sent, a shutdown is repeated, the
+    application's own filter is back. OSError: the connection is alive but something of it (named) could not
+    be restored.
     """
     with borrow(fd) as sock:
         if held_filter(sock) is None:

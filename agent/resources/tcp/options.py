@@ -1,8 +1,8 @@
 """The socket options of a TCP socket that move with it: one table, read on one host and set on the other.
 
-Values are the kernel's own bytes under the kernel's own names. Those that are the kernel's compiled-in defaults do not
-travel; a host whose administrator chose other defaults sets them explicitly. An option that a kernel does not know
-matters only when it is in use.
+Values are the kernel's own bytes under the kernel's own names. Those that are the kernel's compiled-in
+defaults do not travel; a host whose administrator chose other defaults sets them explicitly. An option that a
+kernel does not know matters only when it is in use.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Option(NamedTuple):
 
 _SOL, _TCP, _IP, _IP6 = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6
 
-# Order matters in two places: IP_TOS sets SO_PRIORITY as a side effect, SO_RCVLOWAT may raise SO_RCVBUF. Not here:
-# SO_REUSEADDR (repair changes it), the buffer sizes and SO_BINDTODEVICE (each has its moment).
+# Order matters in two places: IP_TOS sets SO_PRIORITY as a side effect, SO_RCVLOWAT may raise SO_RCVBUF. Not
+# here: SO_REUSEADDR (repair changes it), the buffer sizes and SO_BINDTODEVICE (each has its moment).
 OPTIONS: dict[str, Option] = {
     "IP_TOS": Option(_IP, 1),
     "IPV6_TCLASS": Option(_IP6, 67),
@@ -87,9 +87,9 @@ OPTIONS: dict[str, Option] = {
     "TCP_USER_TIMEOUT": Option(_TCP, 18, when=When.LATE),
     "TCP_FASTOPEN": Option(_TCP, 23, listener_only=True),
     "TCP_NOTSENT_LOWAT": Option(_TCP, 25, when=When.LATE),
-    "TCP_SAVE_SYN": Option(_TCP, 27, listener_only=True),
+    "TCP_SAVE_SYN": Option(_TCP, 27),
     "TCP_FASTOPEN_CONNECT": Option(_TCP, 30, listener_only=True),
-    "TCP_FASTOPEN_NO_COOKIE": Option(_TCP, 34, listener_only=True),
+    "TCP_FASTOPEN_NO_COOKIE": Option(_TCP, 34),
     "TCP_INQ": Option(_TCP, 36),
     "TCP_TX_DELAY": Option(_TCP, 37),
     "TCP_RTO_MAX_MS": Option(_TCP, 44, _int(120000)),
@@ -157,7 +157,7 @@ def get(sock: socket.socket, option: Option) -> bytes | None:
 
 
 def capture(sock: socket.socket, listener: bool) -> dict[str, bytes]:
-    """All options of the table that are not at their default. Quick: it is done for each socket in the pause."""
+    """All options of the table that are not at their default. Quick: the process is frozen."""
     read = sock.getsockopt
     table = _present(_network_namespace(sock), sock.family, listener)
     return {
@@ -201,7 +201,7 @@ def _network_namespace(sock: socket.socket) -> bytes:
 
 @functools.cache
 def _fresh(_namespace: bytes, family: int) -> dict[str, bytes]:
-    """What a new socket has in the calling thread's network namespace, whose administrator chose the defaults."""
+    """What a new socket has in the calling thread's network namespace."""
     with socket.socket(family, socket.SOCK_STREAM) as fresh:
         values = {name: get(fresh, option) for name, option in OPTIONS.items()}
     return {name: value for name, value in values.items() if value is not None}

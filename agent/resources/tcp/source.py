@@ -1,4 +1,4 @@
-"""The source's side: holding a socket still, reading all of it, and letting it go on as if nothing had been."""
+"""The source's side: holding a socket still, reading all of it, and letting it go on as before."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from agent.resources.tcp.state import (
     held_filter,
 )
 
-# The send queue may begin with acknowledged bytes: of a segment (at most 64 KiB of them) that is not wholly so.
+# The send queue may begin with acknowledged bytes of a segment (at most 64 KiB) that is not wholly so.
 _HEAD_SLACK = 128 << 10
 _ATTEMPTS = 8
 
@@ -44,8 +44,8 @@ def lock(fd: int) -> None:
 def quiesce(fd: int) -> None:
     """A listener takes no new connections from now on, but those half made are finished and can be accepted.
 
-    For the time right before a freeze: the running process empties its accept queue. The openings that are dropped
-    can be captured and replayed. Idempotent; undone by `release`.
+    For the time right before a freeze: the running process empties its accept queue. The openings that are
+    dropped can be captured and replayed. Idempotent; undone by `release`.
     """
     _hold(fd, Kind.QUIESCE)
 
@@ -76,7 +76,7 @@ def release(fd: int) -> None:
 
 
 def pending_accepts(fd: int, diag: SockDiag) -> int:
-    """Of a listener: connections not accepted yet and handshakes not finished. They cannot be moved: thaw and retry.
+    """Of a listener: connections not accepted yet and handshakes not finished. They cannot be moved: retry.
 
     `diag` belongs to the listener's network namespace. Any other socket has none.
     """
@@ -88,10 +88,10 @@ def pending_accepts(fd: int, diag: SockDiag) -> int:
 
 
 def capture(fd: int) -> TcpConnection | TcpListener:
-    """Everything the socket is. A connection must be locked, and is in repair afterwards: closing it sends nothing.
+    """Everything the socket is. A connection must be locked, and is in repair afterwards: it closes silently.
 
-    Raises OSError: EBUSY if it still changes, EPERM if it is not locked, EOPNOTSUPP for a state that does not move.
-    On failure the socket may be in repair; `release` undoes that.
+    Raises OSError: EBUSY if it still changes, EPERM if it is not locked, EOPNOTSUPP for a state that does not
+    move. On failure the socket may be in repair; `release` undoes that.
     """
     with borrow(fd) as sock:
         info = tcp_repair.tcp_info(sock)
@@ -117,6 +117,8 @@ def _buffers(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def _capture_listener(sock: socket.socket, info: TcpInfo) -> TcpListener:
+    if sock.proto != socket.IPPROTO_TCP:
+        raise OSError(errno.EOPNOTSUPP, f"protocol {sock.proto} is not TCP", f"fd {sock.fileno()}")
     if info.state == TcpState.CLOSE and (info.segs_out or info.segs_in):
         raise OSError(errno.EOPNOTSUPP, "the connection has ended", f"fd {sock.fileno()}")
     found = sock_filter.read(sock)
@@ -179,8 +181,8 @@ def _sizes(sock: socket.socket) -> _Sizes:
 
 
 def _capture_queues(sock: socket.socket) -> tuple[TcpState, Queues]:
-    # A packet that passed right before the filter was attached may still be on its way through the kernel on another
-    # CPU: read until nothing moves.
+    # A packet that passed right before the filter was attached may still be on its way through the kernel on
+    # another CPU: read until nothing moves.
     before = _sizes(sock)
     for _ in range(_ATTEMPTS):
         received = _read_receive_queue(sock, before)
@@ -207,9 +209,10 @@ def _read_receive_queue(sock: socket.socket, sizes: _Sizes) -> tuple[int, bytes]
 def _read_send_queue(sock: socket.socket, sizes: _Sizes) -> tuple[int, bytes, bytes] | None:
     """(sequence number, bytes sent, bytes not sent), or None if the queue is not of that size.
 
-    The send queue stays selected. Until then, pacing and other timers go on sending what is in it; from then on they
-    only note it as sent (tcp_write_xmit). A byte that left after it was captured as not sent would end the
-    connection: the peer acknowledges it, and the new socket discards acknowledgements of what it has not sent.
+    The send queue stays selected. Until then, pacing and other timers go on sending what is in it; from then
+    on they only note it as sent (tcp_write_xmit). A byte that left after it was captured as not sent would
+    end the connection: the peer acknowledges it, and the new socket discards acknowledgements of what it has
+    not sent.
     """
     tcp_repair.select_queue(sock, Queue.SEND)
     not_sent = tcp_repair.not_sent(sock)

@@ -92,7 +92,7 @@ class TcpConnection(msgspec.Struct, frozen=True, kw_only=True, tag="tcp-connecti
 
 
 class TcpListener(msgspec.Struct, frozen=True, kw_only=True, tag="tcp-listener"):
-    """A listening socket, or (backlog None) one that neither listens nor is connected, bound or not (port 0)."""
+    """A listening socket; or (backlog None) one that only is bound, or not even that (port 0)."""
 
     family: Family
     local: SocketAddress
@@ -169,4 +169,6 @@ def _is_mptcp(sock: socket.socket) -> bool:
     try:
         return bool(sock.getsockopt(tcp_repair.SOL_TCP, tcp_repair.TCP_IS_MPTCP))
     except OSError:
-        return False  # before Linux 5.16: no option, and no other way for a plain TCP socket to be part of one
+        return (
+            False  # before Linux 5.16: no option, and no other way for a plain TCP socket to be part of one
+        )

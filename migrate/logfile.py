@@ -1,0 +1,28 @@
+"""`--log-file`: every event as a line, with the time it was seen."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+import msgspec
+
+from agent.api import Event
+
+
+class LogFile:
+    """Appends to a file: on each line a time (UTC, ISO 8601, microseconds) and the event as JSON."""
+
+    def __init__(self, path: Path | None) -> None:
+        """OSError if the file cannot be written to."""
+        self._file: TextIO | None = None if path is None else path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, event: Event) -> None:
+        if self._file is not None:
+            now = datetime.now(UTC).isoformat(timespec="microseconds")
+            self._file.write(f"{now} {msgspec.json.encode(event).decode()}\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()

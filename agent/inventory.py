@@ -18,6 +18,7 @@ from agent.kernel import procfs
 from agent.kernel.memory import RemoteMemory
 from agent.layout import Mapping
 from agent.resources import mappings, regular_file, tcp_socket
+from agent.resources.files import FileRef
 from agent.resources.mappings import FileTable
 from agent.shadow import Special
 
@@ -211,7 +212,7 @@ def cpu_flags() -> tuple[str, ...]:
     return ()
 
 
-def opened_files(inventory: Inventory, process: SourceProcess) -> list[regular_file.FileRef]:
+def opened_files(inventory: Inventory, process: SourceProcess) -> list[FileRef]:
     refs = (
         regular_file.reference(d, process) for d in inventory.descriptors if regular_file.recognise(d)
     )

@@ -45,7 +45,7 @@ from agent.shadow import Special
 from agent.state import ProcessState
 from transport import frames
 from transport.codec import Decoder
-from transport.frames import HEADER, Kind, LinkClosed, ProtocolError
+from transport.frames import Kind, LinkClosed, ProtocolError
 
 VERSION: Final = 1
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import msgspec
 
 from agent import inventory, protocol
+from agent.api import Blocker as ApiBlocker
 from agent.api import (
     Checked,
     CheckResult,
@@ -32,11 +33,9 @@ from agent.api import (
     Progress,
     Report,
     Request,
-    Round,
     RoundFinished,
     StateChanged,
 )
-from agent.api import Blocker as ApiBlocker
 from agent.clocks import measure_delta
 from agent.descriptors import SourceProcess
 from agent.freeze import FrozenProcess

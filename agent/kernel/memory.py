@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from agent.kernel.errors import libc
 
@@ -21,7 +21,7 @@ class IoVec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_uint64), ("len", ctypes.c_uint64))
 
 
-_ARGS = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+_ARGS: Any = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
 _readv = libc.process_vm_readv
 _readv.argtypes, _readv.restype = _ARGS, ctypes.c_ssize_t
 _writev = libc.process_vm_writev

@@ -13,7 +13,6 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
-from agent.kernel import procfs
 from agent.kernel.procfs import MapsLine
 from agent.layout import Flag, Mapping
 from agent.resources.files import FileRef, build_id, describe
@@ -34,7 +33,7 @@ _VMFLAGS: Final = {
     "rr": Flag.RANDOM,
 }
 # VmFlags that need nothing: rights, kinds of bookkeeping, our own userfaultfd, "may" bits
-_HARMLESS: Final = frozenset("rd wr ex sh mr mw me ms ac uw um ui sd mt de".split())
+_HARMLESS: Final = frozenset(["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "ac", "uw", "um", "ui", "sd", "mt", "de"])
 _REFUSED: Final = {
     "ht": ("hugetlb", "hugetlbfs pages"),
     "io": ("device-memory", "memory-mapped device registers"),

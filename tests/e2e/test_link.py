@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from e2e.private_sshd import DEADLINE, PrivateSshd, kill_session, new_key, private_sshd
 
 from agent.api import SshOptions
 from transport import link_errors as errors
@@ -23,8 +24,6 @@ from transport.link_errors import LinkError
 from transport.process import ProcessEnd
 from transport.ssh import connect, open_link, run_agent
 from transport.target import HostTarget, parse_host
-
-from e2e.private_sshd import DEADLINE, PrivateSshd, kill_session, new_key, private_sshd
 
 T = TypeVar("T")
 MIB = 1 << 20

@@ -220,13 +220,8 @@ def test_announcement_frames() -> None:
     mac = bytes.fromhex("02aabbccddee")
     request, reply = addresses.announcements(mac, V4)
     packed = socket.inet_aton(V4)
-    assert (
-        request
-        == b"\xff" * 6 + mac + bytes.fromhex("0806 0001 0800 06 04 0001") + mac + packed + b"\0" * 6 + packed
-    )
-    assert (
-        reply == b"\xff" * 6 + mac + bytes.fromhex("0806 0001 0800 06 04 0002") + mac + packed + mac + packed
-    )
+    assert request == b"\xff" * 6 + mac + bytes.fromhex("0806 0001 0800 06 04 0001") + mac + packed + b"\0" * 6 + packed
+    assert reply == b"\xff" * 6 + mac + bytes.fromhex("0806 0001 0800 06 04 0002") + mac + packed + mac + packed
     (advertisement,) = addresses.announcements(mac, V6)
     assert advertisement[:14] == bytes.fromhex("333300000001") + mac + b"\x86\xdd"
     assert advertisement[21] == 255  # hop limit, or receivers discard it

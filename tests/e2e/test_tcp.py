@@ -7,11 +7,12 @@ import os
 import random
 import select
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
 import pytest
-from segment import wait_for
+from segment import Host, wait_for
 from tcp_mover import (
     FAMILIES,
     HALF_CLOSED,
@@ -26,7 +27,7 @@ from tcp_mover import (
     receive,
 )
 
-from agent.kernel import tcp_repair
+from agent.kernel import netlink, tcp_repair
 from agent.kernel.tcp_repair import TcpState, tcp_info
 from agent.resources import tcp
 
@@ -161,9 +162,7 @@ def serve_some(sock: socket.socket, out: Stream, back: Stream, until: int) -> bo
     sock.setblocking(False)
     ended = False
     while out.received < until and not (ended and back.sent == back.total):
-        readable, writable, _ = select.select(
-            [] if ended else [sock], [sock] if back.sent < back.total else [], [], 20
-        )
+        readable, writable, _ = select.select([] if ended else [sock], [sock] if back.sent < back.total else [], [], 20)
         assert readable or writable, "the connection stands still"
         ended |= bool(readable) and not out.receive_some(sock)
         if writable:
@@ -213,9 +212,7 @@ def test_what_the_handshake_settled_is_kept(lab: Lab, off: tuple[str, ...]) -> N
     mask = tcp_repair.TCPI_OPT_SACK | tcp_repair.TCPI_OPT_TIMESTAMPS
     assert after.options & mask == before.options & mask
     scaled = "tcp_window_scaling" not in off
-    assert (after.snd_wscale, after.rcv_wscale) == (
-        (before.snd_wscale, before.rcv_wscale) if scaled else (0, 0)
-    )
+    assert (after.snd_wscale, after.rcv_wscale) == ((before.snd_wscale, before.rcv_wscale) if scaled else (0, 0))
     assert server.getsockopt(socket.IPPROTO_TCP, tcp_repair.TCP_MAXSEG) >= segment_size - 12 > 1400
     data = random.Random(9).randbytes(2 * MIB)
     for sender, receiver in ((client, server), (server, client)):
@@ -225,6 +222,35 @@ def test_what_the_handshake_settled_is_kept(lab: Lab, off: tuple[str, ...]) -> N
         writer.join()
     assert lab.resets() == 0
     assert lab.client.counter("TcpExt.PAWSEstab") == 0
+
+
+def microsecond_timestamps(host: Host) -> None:
+    """Have connections use them that go by the segment's own route (iproute2 has no word for it yet)."""
+    with host, netlink.Netlink(netlink.NETLINK_ROUTE) as route:
+        features = netlink.attribute(12, struct.pack("=I", 1 << 4))  # RTAX_FEATURES, RTAX_FEATURE_TCP_USEC_TS
+        message = struct.pack("=BBBBBBBBI", socket.AF_INET, 24, 0, 0, 254, 4, 253, 1, 0)  # rtmsg: main, link
+        message += netlink.attribute(1, socket.inet_aton("10.77.0.0"))  # RTA_DST
+        message += netlink.attribute(4, struct.pack("=I", socket.if_nametoindex("eth0")))  # RTA_OIF
+        message += netlink.attribute(8, features)  # RTA_METRICS
+        route.request(24, netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE, message, "route")  # RTM_NEWROUTE
+
+
+def test_microsecond_timestamps_are_kept(lab: Lab) -> None:
+    for host in (lab.client, lab.first):  # the destination does not use them by itself
+        microsecond_timestamps(host)
+    client, server = lab.connect(FAMILIES["ipv4"])
+    assert tcp_info(server).options & tcp_repair.TCPI_OPT_USEC_TS
+    service = Service(lab.first, [server])
+    for host in (lab.second, lab.first, lab.second):
+        client.sendall(b"x")
+        service.move(host)
+    (server,) = service.sockets()
+    assert tcp_info(server).options & tcp_repair.TCPI_OPT_USEC_TS
+    assert receive(server, 3) == b"xxx"
+    server.sendall(b"answer")
+    assert receive(client, 6) == b"answer"
+    assert lab.client.counter("TcpExt.PAWSEstab") == 0
+    assert lab.resets() == 0
 
 
 def test_offered_window_does_not_collapse(lab: Lab) -> None:
@@ -272,9 +298,7 @@ def test_half_closed(lab: Lab, family: Family, state: TcpState, reverse_path: st
         assert server.recv(100) == b""
     server.close()
     client.close()
-    wait_for(
-        lambda: not lab.second.run("ss", "-Htn", "state", "connected", "exclude", "time-wait"), "the end"
-    )
+    wait_for(lambda: not lab.second.run("ss", "-Htn", "state", "connected", "exclude", "time-wait"), "the end")
     assert lab.resets() == 0
 
 

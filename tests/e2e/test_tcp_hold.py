@@ -221,9 +221,7 @@ def make_unusual(sock: socket.socket, connected: bool) -> list[str]:
         before = options.get(sock, option)
         if before is None or (connected and name in NOT_WHILE_CONNECTED):
             continue
-        flipped = struct.pack(
-            "=i", 17 if name.startswith(("TCP_KEEP", "TCP_SYNC", "IP_TTL", "IPV6_UNI")) else 1
-        )
+        flipped = struct.pack("=i", 17 if name.startswith(("TCP_KEEP", "TCP_SYNC", "IP_TTL", "IPV6_UNI")) else 1)
         options.put(sock, name, UNUSUAL.get(name, flipped))
         if options.get(sock, option) != before:
             changed.append(name)

@@ -85,9 +85,7 @@ def test_refused_for_what_it_uses(lab: Lab) -> None:
 
 def test_refused_for_a_key(lab: Lab) -> None:
     listener = lab.listen(FAMILIES["ipv4"])
-    address = struct.pack(
-        "=H2xI120x", socket.AF_INET, int.from_bytes(socket.inet_aton("10.77.0.1"), "little")
-    )
+    address = struct.pack("=H2xI120x", socket.AF_INET, int.from_bytes(socket.inet_aton("10.77.0.1"), "little"))
     signature = address + struct.pack("=BBHI80s", 0, 0, 3, 0, b"key")
     listener.setsockopt(socket.IPPROTO_TCP, 14, signature)  # TCP_MD5SIG
     assert kinds(lab.first, listener) == ["tcp-md5"]

@@ -137,9 +137,7 @@ def can_listen(state: TcpListener) -> Blocker | None:
     except OSError as error:
         what = f"tcp {state.local}"
         if error.errno == errno.EADDRINUSE:
-            return _blocker(
-                "tcp-port-taken", what, "another socket of the destination has this port", "free it"
-            )
+            return _blocker("tcp-port-taken", what, "another socket of the destination has this port", "free it")
         return _blocker("tcp-listener", what, f"the destination cannot listen there: {error.strerror}")
     discard(fd)
     return None
@@ -149,6 +147,4 @@ def can_connect(info: TcpSocketInfo) -> Blocker | None:
     """Whether this host has a route to the peer of a connection that would come here."""
     if info.peer is None or addresses.route_to(info.peer.address) is not None:
         return None
-    return _blocker(
-        "tcp-no-route", f"tcp {info.local} to {info.peer}", "the destination has no route to the peer"
-    )
+    return _blocker("tcp-no-route", f"tcp {info.local} to {info.peer}", "the destination has no route to the peer")

@@ -40,7 +40,7 @@ class MoveOptions(msgspec.Struct, frozen=True, kw_only=True):
     freeze_timeout_ms: float = 2000.0
     bandwidth: int | None = None  # bytes per second on the link during pre-copy; None: no limit
     compression: Literal["zstd", "none"] = "zstd"
-    compression_level: int = 1
+    compression_level: int = -3  # zstd; negative ones are faster
     addresses: tuple[str, ...] | None = None  # service addresses to take over; None: those its connections use
     verify: bool = False
     leave_stopped: bool = False

@@ -28,7 +28,7 @@ from agent.resources import mappings, signals, threads
 from agent.resources.mappings import FileTable
 from agent.sender import PageSender
 from agent.tracee import SCRATCH_SIZE, Tracee, stop
-from agent.tracking import Scan, Tracker
+from agent.tracking import Scan, Tracker, merged
 from transport.codec import Encoder
 
 _STOP_SECONDS: Final = 2.0
@@ -64,6 +64,7 @@ class Rounds:
         self._files_sent = len(files.refs)
         self.link = link
         self._tracker: Tracker | None = None
+        self._lines: list[MapsLine] = []
         self._known: dict[int, MapsLine] = {}
         self._excluded: list[Range] = []
         self._scanned_at = 0.0
@@ -176,16 +177,23 @@ class Rounds:
         """What was written since the last scan, protected again, and the mappings as they are now."""
         found = self.tracker.scan(self._excluded, protect=True)
         now = time.monotonic()
-        lines = procfs.smaps(self.pid)
-        self.tracker.watch(lines)
-        blockers = mappings.blockers(lines, self.scratch)
-        if blockers:
-            raise RuntimeError(f"{blockers[0].what} appeared: {blockers[0].why}")
-        self._known = {line.start: line for line in lines}
-        self._set_layout(lines)
+        self._look_at_mappings()
         pending = self._pending(found, now - self._scanned_at)
         self._scanned_at = now
         return pending
+
+    def _look_at_mappings(self) -> None:
+        """Follow the mappings; their flags are read again, a page table walk, only if one of them changed."""
+        lines = procfs.maps(self.pid)
+        if lines != self._lines:
+            self._lines = lines
+            lines = procfs.smaps(self.pid)
+            self.tracker.watch(lines)
+            blockers = mappings.blockers(lines, self.scratch)
+            if blockers:
+                raise RuntimeError(f"{blockers[0].what} appeared: {blockers[0].why}")
+            self._known = {line.start: line for line in lines}
+        self._set_layout(lines)
 
     def _set_layout(self, lines: list[MapsLine]) -> None:
         self.layout = layouts.merge(mappings.layout(lines, self.files, self._known, self.scratch))
@@ -246,13 +254,13 @@ class Rounds:
         """What is left to send of a frozen process: the last scan, together with what a round still owed."""
         found = self.tracker.scan(self._excluded, protect=False)
         self.guards = found.guards
-        self._set_layout(procfs.maps(self.pid))
-        result = self._pending(found, time.monotonic() - self._scanned_at)
+        lines = procfs.maps(self.pid)
+        if lines != self._lines:
+            self._set_layout(lines)
+        result = Pending(found.written, PageSet(found.present), time.monotonic() - self._scanned_at)
         owed = self.pending.written if self.pending is not None else []
         if owed:
-            everything = PageSet(result.written)
-            everything.update(intersection(owed, result.present.ranges()))
-            result.written = everything.ranges()
+            result.written = merged([*result.written, *intersection(owed, found.present)])
         return result
 
 

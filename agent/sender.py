@@ -31,6 +31,7 @@ class PageSender:
         self._buffer = bytearray(CHUNK)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self.held = PageSet()  # pages that the destination has with content
+        self.last = False
         self.drop: int | None = None  # for the test that proves --verify able to fail
 
     def send(
@@ -42,6 +43,7 @@ class PageSender:
         the time it is read: it is skipped, the next scan tells. From a frozen one that is Vanished.
         """
         sent, zeros = 0, PageSet()
+        self.last = frozen
         files, anonymous = _split(ranges, layout)
         for group, keep_zeros in ((anonymous, False), (files, True)):
             for part in chunks(group, CHUNK):
@@ -84,7 +86,8 @@ class PageSender:
             return 0
         kind, body = self._encoder.encode(data)
         self._link.send_pages(kind, kept, body, len(data))
-        self.held.update(kept)
+        if not self.last:  # nobody asks any more afterwards
+            self.held.update(kept)
         return len(data) // PAGE
 
     def _without_zeros(self, part: list[Range], zeros: PageSet) -> tuple[list[Range], memoryview]:

@@ -6,8 +6,9 @@ written. What is no longer there is found by what is: every scan yields the page
 
 from __future__ import annotations
 
+import bisect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -29,9 +30,8 @@ from agent.kernel.procfs import MapsLine
 
 Range = tuple[int, int]
 _THERE: Final = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-_RETURNED: Final = (
-    PAGE_IS_WPALLOWED | PAGE_IS_WRITTEN | PAGE_IS_FILE | PAGE_IS_PRESENT | PAGE_IS_SWAPPED | PAGE_IS_PFNZERO
-)
+_WRITTEN: Final = PAGE_IS_WRITTEN
+_FOREIGN: Final = PAGE_IS_FILE | PAGE_IS_PFNZERO
 
 
 class Scan(msgspec.Struct):
@@ -62,39 +62,33 @@ class Tracker:
             userfaultfd.register(self._uffd, line.start, line.end)
 
     def scan(self, excluded: Sequence[Range], protect: bool) -> Scan:
-        """Look at the whole address space; with `protect`, what was written is protected again in the same step."""
-        result = Scan([], [], [])
-        protect = protect and self._uffd is not None
-        any_of = _THERE | self._guard
-        returned = _RETURNED | self._guard
-        if not protect:
-            self._sort(self._pagemap.scan(0, TASK_SIZE, any_of=any_of, returned=returned), result)
-        else:
-            watched = self._pagemap.scan(0, TASK_SIZE, any_of=any_of, returned=returned, write_protect=True)
-            self._sort(watched, result)
-            others = self._pagemap.scan(
-                0,
-                TASK_SIZE,
-                any_of=any_of,
-                returned=returned,
-                required=PAGE_IS_WPALLOWED,
-                inverted=PAGE_IS_WPALLOWED,
-            )
-            self._sort(others, result)
-        return Scan(*(without(merged(r), excluded) for r in (result.present, result.written, result.guards)))
+        """Look at the whole address space; with `protect`, what was written is protected again in the same step.
 
-    def _sort(self, regions: object, into: Scan) -> None:
-        for region in regions:  # type: ignore[attr-defined]
-            self._classify(region, into)
+        Two walks, since a walk that returns only what it filters for merges neighbours: thousands of scattered
+        dirty pages must not cut what is present into pieces.
+        """
+        written = self._walk(_WRITTEN, _FOREIGN, write_protect=protect and self.incremental)
+        if protect and self.incremental:  # such a walk passes over what is not watched
+            written = merged([*written, *self._walk(_WRITTEN, _FOREIGN | PAGE_IS_WPALLOWED)])
+        present, guards = list[Range](), list[Range]()
+        for start, end, categories in self._regions(0, _FOREIGN, returned=self._guard):
+            (guards if categories else present).append((start, end))
+        return Scan(*(without(r, excluded) for r in (present, written, guards)))
 
-    def _classify(self, region: Region, into: Scan) -> None:
-        start, end, categories = region
-        if categories & self._guard:
-            into.guards.append((start, end))
-        elif not categories & (PAGE_IS_FILE | PAGE_IS_PFNZERO):
-            into.present.append((start, end))
-            if categories & PAGE_IS_WRITTEN or not categories & PAGE_IS_WPALLOWED:
-                into.written.append((start, end))
+    def _walk(self, required: int, inverted: int, write_protect: bool = False) -> list[Range]:
+        return [(s, e) for s, e, _ in self._regions(required, inverted, 0, write_protect)]
+
+    def _regions(self, required: int, inverted: int, returned: int, write_protect: bool = False) -> Iterator[Region]:
+        """Pages with content of their own: there, and neither a file's nor the zero page."""
+        return self._pagemap.scan(
+            0,
+            TASK_SIZE,
+            any_of=_THERE | self._guard,
+            required=required | inverted,
+            inverted=inverted,
+            returned=returned,
+            write_protect=write_protect,
+        )
 
     def close(self) -> None:
         self._pagemap.close()
@@ -123,23 +117,12 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
     return result
 
 
-def without(ranges: Sequence[Range], excluded: Sequence[Range]) -> list[Range]:
-    """The ranges with the excluded ones cut out; both in order."""
-    if not excluded:
-        return list(ranges)
-    result: list[Range] = []
-    low, high = min(e[0] for e in excluded), max(e[1] for e in excluded)
-    for start, end in ranges:
-        if end <= low or start >= high:
-            result.append((start, end))
-            continue
-        position = start
-        for cut_start, cut_end in excluded:
-            if cut_end <= position or cut_start >= end:
-                continue
-            if cut_start > position:
-                result.append((position, cut_start))
-            position = max(position, cut_end)
-        if position < end:
-            result.append((position, end))
-    return result
+def without(ranges: list[Range], excluded: Sequence[Range]) -> list[Range]:
+    """The ranges with the excluded ones cut out; both in order, the excluded few."""
+    for low, high in excluded:
+        first = bisect.bisect_left(ranges, low, key=lambda r: r[1] - 1)
+        last = bisect.bisect_left(ranges, high, key=lambda r: r[0])
+        if first < last:
+            outer = (ranges[first][0], low), (high, ranges[last - 1][1])
+            ranges = [*ranges[:first], *(r for r in outer if r[0] < r[1]), *ranges[last:]]
+    return ranges

@@ -128,7 +128,7 @@ _MOVE: Final = (
     ),
     click.option(
         "--compression-level",
-        type=click.IntRange(1, 19),
+        type=click.IntRange(-50, 19),
         default=DEFAULTS.compression_level,
         show_default=True,
         help="1 is the fastest.",

@@ -20,7 +20,9 @@ class Encoder:
     """One direction's compressor; not shared between threads."""
 
     def __init__(self, compression: str, level: int) -> None:
-        self._zstd = None if compression == "none" else zstandard.ZstdCompressor(level=level, write_content_size=True)
+        self._zstd = (
+            None if compression == "none" else zstandard.ZstdCompressor(level=level, write_content_size=True)
+        )
         self._skip = 0
 
     def encode(self, data: memoryview) -> tuple[Kind, bytes]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import asyncssh
+from asyncssh.public_key import get_default_certificate_algs, get_default_public_key_algs
 
 from agent.api import SshOptions
 from transport import link_errors as errors
@@ -165,6 +166,7 @@ def _settings(target: HostTarget, options: SshOptions, base: Any, trust: Trust) 
         "login_timeout": LOGIN_TIMEOUT,
     }
     for name, key, value in (
+        ("HostKeyAlgorithms", "server_host_key_algs", _host_key_algorithms(base, trust)),
         ("Ciphers", "encryption_algs", CIPHERS),
         ("ConnectTimeout", "connect_timeout", CONNECT_TIMEOUT),
         ("ServerAliveInterval", "keepalive_interval", KEEPALIVE),
@@ -173,6 +175,22 @@ def _settings(target: HostTarget, options: SshOptions, base: Any, trust: Trust) 
         if config.get(name) is None:
             chosen[key] = value
     return chosen
+
+
+def _host_key_algorithms(base: Any, trust: Trust) -> Any:
+    """The kinds of key on record first, then all others, so that a host with another key can show it and be
+    refused by name.
+
+    () for asyncssh's choice where nothing is on record.
+    """
+    keys, authorities, *_ = trust.known.match(
+        base.host_key_alias or base.host, "", base.port if base.port != 22 else None
+    )
+    recorded = [algorithm for key in keys for algorithm in key.sig_algorithms]
+    if not recorded or authorities:
+        return ()
+    everything = (*recorded, *get_default_certificate_algs(), *get_default_public_key_algs())
+    return [algorithm.decode() for algorithm in dict.fromkeys(everything)]
 
 
 def _identities(target: HostTarget, options: SshOptions, config: Any) -> Any:

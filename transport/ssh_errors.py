@@ -57,8 +57,12 @@ def _ssh_error(error: Exception, target: HostTarget, trust: Trust | None) -> err
     if isinstance(error, asyncssh.PermissionDenied):
         return _authentication_error(error, name)
     if isinstance(error, asyncssh.ConnectionLost):
-        return errors.ConnectionLost(name, "the connection broke before it was ready", "see sshd's log there")
+        return _broke_early(name)
     return errors.SshFailed(name, str(error), "see sshd's log there")
+
+
+def _broke_early(name: str) -> errors.LinkError:
+    return errors.ConnectionLost(name, "the connection broke before it was ready", "see sshd's log there")
 
 
 def _forget(target: HostTarget) -> str:
@@ -102,6 +106,8 @@ def _authentication_error(error: Exception, name: str) -> errors.LinkError:
 def _network_error(error: OSError, name: str) -> errors.LinkError:
     if isinstance(error, socket.gaierror):
         return errors.HostNotFound(name, error.strerror or str(error))
+    if isinstance(error, ConnectionResetError | BrokenPipeError):
+        return _broke_early(name)
     if isinstance(error, TimeoutError):
         return errors.HostUnreachable(name, "no answer in time")
     if isinstance(error, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(error):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -63,11 +64,9 @@ class RemoteMemory:
             self._mem = -1
 
     def _vector(self, ranges: Sequence[Range]) -> int:
-        total = 0
-        for slot, (start, end) in zip(self._remote, ranges, strict=False):
-            slot.base, slot.len = start, end - start
-            total += end - start
-        return total
+        flat = [x for start, end in ranges for x in (start, end - start)]
+        struct.pack_into(f"<{len(flat)}Q", self._remote, 0, *flat)
+        return sum(flat[1::2])
 
     def _transfer(self, function: object, buffer: int, ranges: Sequence[Range]) -> int:
         done = 0

@@ -1,4 +1,4 @@
-"""An sshd of a test's own: on loopback, with its own host key, accepted keys and ssh_config, and a script as its agent."""
+"""An sshd of a test's own: on loopback, with its own keys and ssh_config, and a script in the place of the agent."""
 
 from __future__ import annotations
 
@@ -88,7 +88,10 @@ class PrivateSshd:
     def _await_answer(self) -> None:
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", self.port)) as s:
+            with (
+                contextlib.suppress(ConnectionRefusedError),
+                socket.create_connection(("127.0.0.1", self.port)) as s,
+            ):
                 assert s.recv(4) == b"SSH-"
                 return
             time.sleep(0.02)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import random
 import socket
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -133,20 +132,9 @@ def test_single_bytes_are_not_held_back(server: PrivateSshd) -> None:
     assert run(linked(server.options("cat"), engine))[0] == b"one by one"
 
 
-_HALF_CLOSER = """
-import os, socket, sys
-os.write(1, b"hello\\n")
-try:
-    socket.socket(fileno=os.dup(1)).shutdown(socket.SHUT_WR)  # sshd gives a socket for both directions
-except OSError:
-    os.close(1)  # or a pipe for each
-open(sys.argv[1], "wb").write(sys.stdin.buffer.read())
-"""
-
-
 def test_the_other_end_can_close_its_direction_alone(server: PrivateSshd) -> None:
-    file, program = server.here / "received", server.here / "half_closer.py"
-    program.write_text(_HALF_CLOSER)
+    """Both its outputs, that is: sshd tells the end of one only when the other has ended too."""
+    file = server.here / "received"
 
     def engine(sock: socket.socket) -> bytes:
         first = read_all(sock)  # its end of stream, while ours goes on
@@ -154,7 +142,7 @@ def test_the_other_end_can_close_its_direction_alone(server: PrivateSshd) -> Non
         sock.shutdown(socket.SHUT_WR)
         return first
 
-    first, end, _ = run(linked(server.options(f"exec {sys.executable} {program} {file}"), engine))
+    first, end, _ = run(linked(server.options(f"echo hello; exec >&- 2>&-; cat >{file}"), engine))
     assert first == b"hello\n" and end.clean
     assert file.read_bytes() == b"after the end"
 
@@ -218,7 +206,12 @@ async def until_still(value: Callable[[], int]) -> None:
     ],
 )
 def test_how_the_command_ended_is_known(
-    server: PrivateSshd, script: str, status: int | None, signal_: str | None, error: type[LinkError], words: str
+    server: PrivateSshd,
+    script: str,
+    status: int | None,
+    signal_: str | None,
+    error: type[LinkError],
+    words: str,
 ) -> None:
     answer, end, _ = run(linked(server.options(script), read_all))
     assert answer == b""  # the engine reads the end of the stream
@@ -400,7 +393,9 @@ def test_the_connection_is_made_for_speed_and_safety(server: PrivateSshd) -> Non
     async def scenario() -> dict[str, Any]:
         connection = await connect(THERE, server.options())
         try:
-            found = {n: connection.get_extra_info(n) for n in ("send_cipher", "recv_cipher", "send_compression")}
+            found = {
+                n: connection.get_extra_info(n) for n in ("send_cipher", "recv_cipher", "send_compression")
+            }
             sock = connection.get_extra_info("socket")
             return {**found, "nodelay": sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)}
         finally:
@@ -431,7 +426,9 @@ def test_an_agent_is_spoken_to_in_lines(server: PrivateSshd) -> None:
     long = b"x" * (3 * MIB)
 
     async def scenario() -> tuple[list[bytes], ProcessEnd]:
-        agent = await run_agent(THERE, server.options('printf "%s|" "$@"; echo; cat; exit 4'), ["ps", "a b'$x"], print)
+        agent = await run_agent(
+            THERE, server.options('printf "%s|" "$@"; echo; cat; exit 4'), ["ps", "a b'$x"], print
+        )
         agent.send(b"short")
         agent.send(long)
         agent.close_input()

@@ -1,4 +1,4 @@
-"""A program that speaks as `migrate-agent` does, for tests of the tool alone: `stand_in_agent.py SCENARIO source|ps`."""
+"""A program that speaks as `migrate-agent` does, to test the tool alone: `stand_in_agent.py SCENARIO source|ps`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def source(scenario: str) -> int:
         finish()
     for line in sys.stdin:
         if scenario == "waits" and json.loads(line) == {"abort": True}:
-            finish(outcome="rolled-back", error={"kind": "aborted", "message": "as asked", "where": "coordinator"})
+            finish(
+                outcome="rolled-back",
+                error={"kind": "aborted", "message": "as asked", "where": "coordinator"},
+            )
             break
     return 0
 

@@ -27,7 +27,9 @@ DEADLINE = 30.0
 
 
 def command(*arguments: str, scenario: str | None = None) -> list[str]:
-    agent = [] if scenario is None else ["--agent-command", shlex.join([sys.executable, str(STAND_IN), scenario])]
+    agent = (
+        [] if scenario is None else ["--agent-command", shlex.join([sys.executable, str(STAND_IN), scenario])]
+    )
     return [sys.executable, "-m", "migrate.cli", *arguments, *agent]
 
 
@@ -63,7 +65,16 @@ def test_each_outcome_has_its_exit_code_and_report(scenario: str, code: ExitCode
     assert done.returncode == code
     report = only_json(done)
     assert report["outcome"] == scenario
-    for field in ("pause_ms", "total_s", "memory_bytes", "bytes_sent", "rounds", "phases", "address_moved", "error"):
+    for field in (
+        "pause_ms",
+        "total_s",
+        "memory_bytes",
+        "bytes_sent",
+        "rounds",
+        "phases",
+        "address_moved",
+        "error",
+    ):
         assert field in report
 
 
@@ -275,12 +286,22 @@ def test_version(arguments: tuple[str, ...]) -> None:
 
 
 def test_exit_codes_are_what_is_documented() -> None:
-    expected = {"DONE": 0, "INTERNAL": 1, "USAGE": 2, "REFUSED": 3, "ROLLED_BACK": 4, "IN_DOUBT": 5, "UNREACHABLE": 6}
+    expected = {
+        "DONE": 0,
+        "INTERNAL": 1,
+        "USAGE": 2,
+        "REFUSED": 3,
+        "ROLLED_BACK": 4,
+        "IN_DOUBT": 5,
+        "UNREACHABLE": 6,
+    }
     assert {code.name: code.value for code in ExitCode} == expected
     assert set(MEANING) == set(ExitCode)
 
 
-def test_an_error_of_ours_is_no_other_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_ours_is_no_other_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     from migrate import cli as module
 
     def broken(*_: object, **__: object) -> None:

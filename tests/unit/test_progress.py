@@ -50,7 +50,14 @@ def test_plain_lines_tell_states_rounds_and_warnings() -> None:
 
 @pytest.mark.parametrize(
     ("verbose", "quiet", "shown"),
-    [(0, False, "we"), (1, False, "iwe"), (2, False, "diwe"), (5, False, "diwe"), (0, True, "e"), (2, True, "e")],
+    [
+        (0, False, "we"),
+        (1, False, "iwe"),
+        (2, False, "diwe"),
+        (5, False, "diwe"),
+        (0, True, "e"),
+        (2, True, "e"),
+    ],
 )
 def test_how_much_is_said(verbose: int, quiet: bool, shown: str) -> None:
     text = plain(verbose, quiet)
@@ -72,7 +79,9 @@ def test_a_long_round_shows_life_now_and_then(monkeypatch: pytest.MonkeyPatch) -
 
 def live() -> str:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False)
+    console = Console(
+        file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False
+    )
     line = LiveLine(console, threshold(0, False))
     for event in EVENTS:
         line.show(event)
@@ -83,7 +92,14 @@ def live() -> str:
 
 def test_the_live_line_shows_round_pages_rate_rest_and_pause() -> None:
     text = live()
-    for part in ("pre-copy", "round 3", "1,000/5,000 pages", "1.00 MiB/s", "15.6 MiB remain", "pause ≈ 33.0 ms"):
+    for part in (
+        "pre-copy",
+        "round 3",
+        "1,000/5,000 pages",
+        "1.00 MiB/s",
+        "15.6 MiB remain",
+        "pause ≈ 33.0 ms",
+    ):
         assert part in text
     assert "round 2: 1,234 pages" in text
     assert "warning: w-message" in text and "i-message" not in text
@@ -96,7 +112,9 @@ def test_the_live_line_gives_the_cursor_back() -> None:
 
 def test_messages_from_elsewhere_cannot_command_the_terminal() -> None:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False)
+    console = Console(
+        file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False
+    )
     line = LiveLine(console, threshold(0, False))
     line.show(Log(level="error", message="\x1b]0;owned\x07[red]x[/red]"))
     line.show(StateChanged(state="copying", detail="\x1b]0;owned\x07[red]x[/red]"))

@@ -119,7 +119,13 @@ def test_every_blocker_is_named_with_reason_and_advice() -> None:
     text = rendered(report.of_check(result))
     assert "cannot be moved   alpha:1 -> beta" in text
     assert "what stands in the way (2):" in text
-    for part in ("fd 7 (socket:[4711])", "[unix-socket]", "its peer stays", "-> close it", "[child-processes]"):
+    for part in (
+        "fd 7 (socket:[4711])",
+        "[unix-socket]",
+        "its peer stays",
+        "-> close it",
+        "[child-processes]",
+    ):
         assert part in text
     free = rendered(report.of_check(msgspec.structs.replace(result, blockers=())))
     assert "can be moved" in free and "stands in the way" not in free
@@ -127,7 +133,14 @@ def test_every_blocker_is_named_with_reason_and_advice() -> None:
 
 def test_processes_are_listed_with_what_stops_them() -> None:
     free = ProcessInfo(
-        pid=7, command="redis", user="redis", memory_bytes=1 << 30, threads=4, sockets=9, dirty_rate=1e6, blockers=()
+        pid=7,
+        command="redis",
+        user="redis",
+        memory_bytes=1 << 30,
+        threads=4,
+        sockets=9,
+        dirty_rate=1e6,
+        blockers=(),
     )
     stuck = msgspec.structs.replace(free, pid=8, dirty_rate=None, blockers=BLOCKERS)
     lines = rendered(report.of_processes([free, stuck])).splitlines()

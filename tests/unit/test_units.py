@@ -19,7 +19,9 @@ def test_durations(text: str, milliseconds: float) -> None:
     assert units.parse_duration(text) == pytest.approx(milliseconds)
 
 
-@pytest.mark.parametrize("text", ["", "50", "ms", "-5ms", "5 m", "0ms", "1e3ms", "5ms/s", "nan s", "٥ms", "1,5s"])
+@pytest.mark.parametrize(
+    "text", ["", "50", "ms", "-5ms", "5 m", "0ms", "1e3ms", "5ms/s", "nan s", "٥ms", "1,5s"]
+)
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="duration"):
         units.parse_duration(text)
@@ -81,7 +83,14 @@ def test_a_size_is_right_to_a_percent_and_short(count: int) -> None:
 
 @pytest.mark.parametrize(
     ("milliseconds", "text"),
-    [(0.041, "0.04 ms"), (14.84, "14.8 ms"), (560.0, "560 ms"), (999.7, "1.00 s"), (12_340.0, "12.3 s"), (150_000.0, "2 min 30 s")],
+    [
+        (0.041, "0.04 ms"),
+        (14.84, "14.8 ms"),
+        (560.0, "560 ms"),
+        (999.7, "1.00 s"),
+        (12_340.0, "12.3 s"),
+        (150_000.0, "2 min 30 s"),
+    ],
 )
 def test_times(milliseconds: float, text: str) -> None:
     assert units.milliseconds(milliseconds) == text

@@ -125,26 +125,41 @@ static void write_pages(struct arena *arena, struct range range)
     }
 }
 
-static void map_range(struct arena *arena, struct range range)
+static void set_mapped(struct arena *arena, struct range range, struct page page)
 {
-    bool of_file = random_below(&arena->random, 4) == 0;
-    uint32_t file_page = (uint32_t)random_below(&arena->random, FILE_PAGES - LARGEST);
-    int protection = random_below(&arena->random, 8) ? PROT_READ | PROT_WRITE : PROT_READ;
-    int flags = MAP_PRIVATE | MAP_FIXED | (of_file ? 0 : MAP_ANONYMOUS);
-    void *got = mmap(address(arena, range.at), range.length * PAGE, protection, flags, of_file ? arena->file : -1,
-                     of_file ? (off_t)file_page * PAGE : 0);
-    if (failed(arena, got == MAP_FAILED))
-        return;
     for (size_t i = 0; i < range.length; i++) {
-        struct page page = {.kind = of_file ? FILE_BACKED : ANONYMOUS, .protection = (uint8_t)protection};
-        if (of_file) {
-            page.file_page = file_page + (uint32_t)i;
-            page.seed = file_seed(page.file_page);
-        }
         set_page(arena, range.at + i, page);
+        if (page.kind == FILE_BACKED)
+            page.seed = file_seed(++page.file_page);
     }
     if (random_below(&arena->random, 2))
         write_pages(arena, range);
+}
+
+static int random_protection(struct arena *arena)
+{
+    return random_below(&arena->random, 8) ? PROT_READ | PROT_WRITE : PROT_READ;
+}
+
+static void map_anonymous(struct arena *arena, struct range range)
+{
+    int protection = random_protection(arena);
+    void *got = mmap(address(arena, range.at), range.length * PAGE, protection,
+                     MAP_PRIVATE | MAP_FIXED | MAP_ANONYMOUS, -1, 0);
+    if (!failed(arena, got == MAP_FAILED))
+        set_mapped(arena, range, (struct page){.kind = ANONYMOUS, .protection = (uint8_t)protection});
+}
+
+static void map_file(struct arena *arena, struct range range)
+{
+    int protection = random_protection(arena);
+    uint32_t first = (uint32_t)random_below(&arena->random, FILE_PAGES - LARGEST);
+    void *got = mmap(address(arena, range.at), range.length * PAGE, protection, MAP_PRIVATE | MAP_FIXED, arena->file,
+                     (off_t)first * PAGE);
+    struct page page = {.seed = file_seed(first), .file_page = first, .kind = FILE_BACKED};
+    page.protection = (uint8_t)protection;
+    if (!failed(arena, got == MAP_FAILED))
+        set_mapped(arena, range, page);
 }
 
 static void unmap_range(struct arena *arena, struct range range)
@@ -258,10 +273,10 @@ static struct operation {
     const char *name;
     void (*apply)(struct arena *, struct range);
     int weight;
-} operations[] = {{"write", write_pages, 30}, {"map", map_range, 14},         {"unmap", unmap_range, 5},
-                  {"drop", drop_range, 6},    {"free", free_range, 2},        {"protect", protect_range, 8},
-                  {"advise", advise_range, 2}, {"shrink", shrink_range, 3},    {"move", move_range, 6},
-                  {"check", check_range, 24}};
+} operations[] = {{"write", write_pages, 30}, {"map", map_anonymous, 10},    {"file", map_file, 4},
+                  {"unmap", unmap_range, 5},  {"drop", drop_range, 6},        {"free", free_range, 2},
+                  {"protect", protect_range, 8}, {"advise", advise_range, 2}, {"shrink", shrink_range, 3},
+                  {"move", move_range, 6},    {"check", check_range, 24}};
 enum { OPERATIONS = sizeof operations / sizeof operations[0] };
 
 static int total_weight(void)
@@ -305,7 +320,7 @@ void arena_step(struct arena *arena)
     atomic_fetch_add(arena->operations, 1);
     /* Half of the arena is mapped most of the time. */
     if (arena->live < arena->pages / 2)
-        map_range(arena, random_range(arena));
+        map_anonymous(arena, random_range(arena));
 }
 
 void arena_damage(struct arena *arena)

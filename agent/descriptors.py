@@ -1,4 +1,4 @@
-"""A process's descriptors as open file descriptions, and the registry of the kinds that can be moved.
+"""A process's descriptors as open file descriptions, and what is common to all kinds that can be moved.
 
 Several descriptors may be one description (dup(2)): they share offset and flags, and are rebuilt as one. Each kind is one
 module under `agent.resources` with the functions of `Kind`; what no kind recognises is refused by name.

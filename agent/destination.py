@@ -10,6 +10,7 @@ agreed to, lengths are bounded by the decoder.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import platform
@@ -66,10 +67,8 @@ def serve(reading: int, writing: int) -> None:
 
 def _say_failed(link: Link, error: Exception) -> None:
     kind = getattr(error, "kind", None) or type(error).__name__.lower()
-    try:
+    with contextlib.suppress(LinkClosed):
         link.send(protocol.Failed(str(kind), str(error) or type(error).__name__))
-    except LinkClosed:
-        pass
 
 
 class _Duplex:

@@ -123,7 +123,8 @@ def _memory_map(batch: Batch, state: ProcessState, executable: int) -> None:
         *(m.start_stack, m.arg_start, m.arg_end, m.env_start, m.env_end),
     )
     structure = struct.pack("<11QQII", *fields, auxv, len(state.auxv), executable)
-    batch.call("PR_SET_MM_MAP", NR_prctl, identity.PR_SET_MM, identity.PR_SET_MM_MAP, batch.put(structure), len(structure), 0)
+    place = batch.put(structure)
+    batch.call("PR_SET_MM_MAP", NR_prctl, identity.PR_SET_MM, identity.PR_SET_MM_MAP, place, len(structure), 0)
 
 
 def _outside(shadow: Shadow, state: ProcessState) -> list[Notice]:

@@ -7,6 +7,7 @@ operations, which pages the destination has lost by it.
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -131,7 +132,7 @@ def difference(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[Operation
     unmaps: list[Unmap] = []
     fresh: list[Mapping] = []
     changes: list[Operation] = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         was, now = before.get(start), after.get(start)
         if was is not None and (now is None or was.identity() != now.identity()):
             unmaps.append(Unmap(start, end))

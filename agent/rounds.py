@@ -28,7 +28,7 @@ from agent.resources import mappings, signals, threads
 from agent.resources.mappings import FileTable
 from agent.sender import PageSender
 from agent.tracee import SCRATCH_SIZE, Tracee, stop
-from agent.tracking import Scan, Tracker, merged
+from agent.tracking import Scan, Tracker, intersection, merged
 from transport.codec import Encoder
 
 _STOP_SECONDS: Final = 2.0
@@ -161,11 +161,15 @@ class Rounds:
     # --- rounds ---
 
     def watch(self) -> None:
-        self.tracker.watch(procfs.maps(self.pid))
+        """Watch everything that is mapped now."""
+        self._look_at_mappings()
+
+    def _file_ranges(self) -> list[Range]:
+        return merged([(m.start, m.end) for m in self.layout if not m.anonymous])
 
     def written(self) -> list[Range]:
         """What was written since the last look, protected again."""
-        return self.tracker.scan(self._excluded, protect=True).written
+        return self.tracker.scan(self._file_ranges(), self._excluded, protect=True).written
 
     def first(self) -> Pending:
         """Start watching everything; all there is is to be sent."""
@@ -175,7 +179,7 @@ class Rounds:
 
     def scan(self) -> Pending:
         """What was written since the last scan, protected again, and the mappings as they are now."""
-        found = self.tracker.scan(self._excluded, protect=True)
+        found = self.tracker.scan(self._file_ranges(), self._excluded, protect=True)
         now = time.monotonic()
         self._look_at_mappings()
         pending = self._pending(found, now - self._scanned_at)
@@ -252,11 +256,11 @@ class Rounds:
 
     def last(self) -> Pending:
         """What is left to send of a frozen process: the last scan, together with what a round still owed."""
-        found = self.tracker.scan(self._excluded, protect=False)
-        self.guards = found.guards
         lines = procfs.maps(self.pid)
         if lines != self._lines:
             self._set_layout(lines)
+        found = self.tracker.scan(self._file_ranges(), self._excluded, protect=False)
+        self.guards = found.guards
         result = Pending(found.written, PageSet(found.present), time.monotonic() - self._scanned_at)
         owed = self.pending.written if self.pending is not None else []
         if owed:
@@ -267,21 +271,3 @@ class Rounds:
 def _held_ranges(held: PageSet, ranges: list[Range]) -> list[Range]:
     wanted = PageSet(ranges)
     return wanted.without(wanted.without(held)).ranges() if ranges else []
-
-
-def intersection(ranges: list[Range], allowed: list[Range]) -> list[Range]:
-    """The parts of `ranges` inside `allowed`; both in order."""
-    found: list[Range] = []
-    index = 0
-    for start, end in ranges:
-        while index < len(allowed) and allowed[index][1] <= start:
-            index += 1
-        position = index
-        while position < len(allowed) and allowed[position][0] < end:
-            low, high = max(start, allowed[position][0]), min(end, allowed[position][1])
-            if low < high:
-                found.append((low, high))
-            position += 1
-    return found
-
-

@@ -11,6 +11,7 @@ from agent.kernel.memory import MemoryFault, RemoteMemory
 from agent.layout import Mapping
 from agent.pageset import PageSet, Range, chunks, pages_in
 from agent.protocol import Link
+from agent.tracking import without
 from transport.codec import Encoder
 
 CHUNK: Final = 512 * 1024
@@ -134,14 +135,10 @@ def _size(ranges: Iterable[Range]) -> int:
 
 
 def _without_page(kept: list[Range], data: memoryview, page: int) -> tuple[list[Range], memoryview]:
-    found, parts, position = list[Range](), b"", 0
-    for start, end in kept:
-        for low, high in ((start, min(end, page)), (max(start, page + PAGE), end)) if start <= page < end else ((start, end),):
-            if low < high:
-                found.append((low, high))
-                parts += data[position + low - start : position + high - start]
-        position += end - start
-    return found, memoryview(parts)
+    """The same without one page: what a lost page looks like."""
+    left = without(kept, [(page, page + PAGE)])
+    offset = _offsets(kept)
+    return left, memoryview(bytearray().join(data[offset(s) : offset(s) + e - s] for s, e in left))
 
 
 def _split(ranges: Sequence[Range], layout: Sequence[Mapping]) -> tuple[list[Range], list[Range]]:

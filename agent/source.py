@@ -9,6 +9,7 @@ The engine is synchronous and runs on the worker's main thread, which is the tra
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import platform
@@ -139,10 +140,8 @@ class Migration:
         if self.rounds is not None:
             self.rounds.remove_scratch()
             self.rounds.close()
-        try:
+        with contextlib.suppress(LinkClosed):
             self.link.send(protocol.Failed("rolled-back", "the source gave up"))
-        except LinkClosed:
-            pass
 
     def _finish(
         self,
@@ -288,7 +287,8 @@ class Migration:
         self.report = msgspec.structs.replace(
             self.report, destination=Endpoint(host=self.report.destination.host, pid=prepared.pid)
         )
-        self.rounds = Rounds(self.process, self.link, Encoder(self.options.compression, self.options.compression_level), found.files)
+        encoder = Encoder(self.options.compression, self.options.compression_level)
+        self.rounds = Rounds(self.process, self.link, encoder, found.files)
         self.rounds.sender.drop = _page_to_drop()
         stop_ms = self.rounds.start_tracking()
         self.report = msgspec.structs.replace(self.report, longest_stop_ms=round(stop_ms, 3))
@@ -457,20 +457,21 @@ def _message(error: BaseException | None) -> str:
     return str(error) or type(error).__name__
 
 
+_KINDS: tuple[tuple[type[BaseException], str, str], ...] = (
+    (LinkClosed, "link-closed", "link"),
+    (ProtocolError, "protocol", "link"),
+    (Aborted, "aborted", "coordinator"),
+    (KeyboardInterrupt, "aborted", "coordinator"),
+    (TimeoutError, "timeout", "source"),
+    (ProcessLookupError, "process-ended", "source"),
+)
+
+
 def _classify(error: BaseException) -> tuple[str, str]:
     """(kind, where) of a failure."""
-    match error:
-        case PeerFailed():
-            return error.kind, "destination"
-        case LinkClosed():
-            return "link-closed", "link"
-        case ProtocolError():
-            return "protocol", "link"
-        case TimeoutError():
-            return "timeout", "source"
-        case Aborted() | KeyboardInterrupt():
-            return "aborted", "coordinator"
-        case ProcessLookupError():
-            return "process-ended", "source"
+    if isinstance(error, PeerFailed):
+        return error.kind, "destination"
+    for type_, kind, where in _KINDS:
+        if isinstance(error, type_):
+            return kind, where
     return type(error).__name__.lower(), "source"
-

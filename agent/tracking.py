@@ -30,7 +30,6 @@ from agent.kernel.procfs import MapsLine
 
 Range = tuple[int, int]
 _THERE: Final = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
-_WRITTEN: Final = PAGE_IS_WRITTEN
 _FOREIGN: Final = PAGE_IS_FILE | PAGE_IS_PFNZERO
 
 
@@ -61,33 +60,40 @@ class Tracker:
         for line in lines:
             userfaultfd.register(self._uffd, line.start, line.end)
 
-    def scan(self, excluded: Sequence[Range], protect: bool) -> Scan:
+    def scan(self, files: Sequence[Range], excluded: Sequence[Range], protect: bool) -> Scan:
         """Look at the whole address space; with `protect`, what was written is protected again in the same step.
 
-        Two walks, since a walk that returns only what it filters for merges neighbours: thousands of scattered
-        dirty pages must not cut what is present into pieces.
+        `files` are the mappings of files: only there the kernel is asked whether a page is the file's own, for that
+        question costs five times the rest of the walk. Neither files nor excluded ranges overlap, both are in order.
         """
-        written = self._walk(_WRITTEN, _FOREIGN, write_protect=protect and self.incremental)
-        if protect and self.incremental:  # such a walk passes over what is not watched
-            written = merged([*written, *self._walk(_WRITTEN, _FOREIGN | PAGE_IS_WPALLOWED)])
+        protect = protect and self.incremental
+        written = self._written(protect)
+        if protect:  # such a walk passes over what is not watched
+            unwatched = self._there(0, TASK_SIZE, inverted=PAGE_IS_WPALLOWED)
+            written = merged([*written, *((s, e) for s, e, _ in unwatched)])
         present, guards = list[Range](), list[Range]()
-        for start, end, categories in self._regions(0, _FOREIGN, returned=self._guard):
+        for start, end, categories in self._there(0, TASK_SIZE, returned=self._guard):
             (guards if categories else present).append((start, end))
-        return Scan(*(without(r, excluded) for r in (present, written, guards)))
+        own = [(s, e) for low, high in files for s, e, _ in self._there(low, high, inverted=_FOREIGN)]
+        present = without(merged([*without(present, files), *own]), excluded)
+        return Scan(present, intersection(written, present), without(guards, excluded))
 
-    def _walk(self, required: int, inverted: int, write_protect: bool = False) -> list[Range]:
-        return [(s, e) for s, e, _ in self._regions(required, inverted, 0, write_protect)]
+    def _written(self, protect: bool) -> list[Range]:
+        """The kernel's short way also takes holes for written, and would protect them, so that each costs a marker."""
+        any_of = _THERE if protect else 0
+        regions = self._pagemap.scan(
+            0, TASK_SIZE, any_of=any_of, required=PAGE_IS_WRITTEN, returned=PAGE_IS_WRITTEN, write_protect=protect
+        )
+        return [(start, end) for start, end, _ in regions]
 
-    def _regions(self, required: int, inverted: int, returned: int, write_protect: bool = False) -> Iterator[Region]:
-        """Pages with content of their own: there, and neither a file's nor the zero page."""
+    def _there(self, start: int, end: int, inverted: int = 0, returned: int = 0) -> Iterator[Region]:
         return self._pagemap.scan(
-            0,
-            TASK_SIZE,
+            start,
+            end,
             any_of=_THERE | self._guard,
-            required=required | inverted,
+            required=inverted,
             inverted=inverted,
             returned=returned,
-            write_protect=write_protect,
         )
 
     def close(self) -> None:
@@ -115,6 +121,23 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
         else:
             result.append((start, end))
     return result
+
+
+def intersection(ranges: Sequence[Range], allowed: Sequence[Range]) -> list[Range]:
+    """The parts of `ranges` inside `allowed`; both in order."""
+    found: list[Range] = []
+    index = 0
+    for start, end in ranges:
+        while index < len(allowed) and allowed[index][1] <= start:
+            index += 1
+        if index < len(allowed) and allowed[index][0] <= start and end <= allowed[index][1]:
+            found.append((start, end))
+            continue
+        position = index
+        while position < len(allowed) and allowed[position][0] < end:
+            found.append((max(start, allowed[position][0]), min(end, allowed[position][1])))
+            position += 1
+    return found
 
 
 def without(ranges: list[Range], excluded: Sequence[Range]) -> list[Range]:

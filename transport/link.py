@@ -118,7 +118,7 @@ class ChannelEnd:
             self._local.socket.write_eof()
 
     def pause_writing(self) -> None:
-        pass
+        self._local.socket.pause_reading()
 
     def resume_writing(self) -> None:
         self._local.socket.resume_reading()

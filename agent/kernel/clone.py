@@ -73,7 +73,8 @@ def time_offsets() -> tuple[int, int]:
 
 def set_time_offsets(monotonic: int, boottime: int) -> None:
     """Offsets for the time namespace our next child is born into (after `unshare(CLONE_NEWTIME)`), nanoseconds."""
-    lines = (f"{name} {ns // 1_000_000_000} {ns % 1_000_000_000}\n" for name, ns in (("monotonic", monotonic), ("boottime", boottime)))
+    offsets = (("monotonic", monotonic), ("boottime", boottime))
+    lines = (f"{name} {ns // 1_000_000_000} {ns % 1_000_000_000}\n" for name, ns in offsets)
     with open("/proc/self/timens_offsets", "w") as file:
         file.write("".join(lines))
 

@@ -86,7 +86,8 @@ def _restore_capabilities(batch: Batch, wanted: Credentials) -> None:
     if wanted.securebits:
         # with CAP_SETPCAP still effective: it may be among those that go
         full = wanted.permitted | wanted.bounding
-        batch.call("capset", arch.NR_capset, header, batch.put(_capabilities(full, full, wanted.inheritable)), optional=True)
+        everything = batch.put(_capabilities(full, full, wanted.inheritable))
+        batch.call("capset", arch.NR_capset, header, everything, optional=True)
         batch.call("securebits", arch.NR_prctl, PR_SET_SECUREBITS, wanted.securebits)
     data = _capabilities(wanted.effective, wanted.permitted, wanted.inheritable)
     batch.call("capset", arch.NR_capset, header, batch.put(data))
@@ -135,6 +136,6 @@ def _rlim(value: int) -> int:
 
 def _lower(first: int, second: int) -> int:
     infinite = resource.RLIM_INFINITY
-    if first == infinite or second == infinite:
+    if infinite in (first, second):
         return second if first == infinite else first
     return min(first, second)

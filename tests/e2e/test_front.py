@@ -53,7 +53,7 @@ class Front:
         self.supervisor = Supervisor(request, self._write, (command, dict(os.environ)))
 
     def _write(self, event: Event, line: bytes) -> None:
-        assert msgspec.json.decode(line, type=Event) == event  # type: ignore[arg-type]
+        assert msgspec.json.decode(line, type=Event) == event
         self.events.append(event)
         for test, future in self._waiting:
             if test(event) and not future.done():

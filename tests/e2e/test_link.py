@@ -108,7 +108,11 @@ def test_both_directions_at_once(server: PrivateSshd, target: str) -> None:
     data = random.Random(3).randbytes(32 * MIB)
 
     def engine(sock: socket.socket) -> bytes:
-        writer = threading.Thread(target=lambda: (sock.sendall(data), sock.shutdown(socket.SHUT_WR)))
+        def write() -> None:
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+
+        writer = threading.Thread(target=write)
         writer.start()
         answer = read_all(sock)
         writer.join()
@@ -175,9 +179,11 @@ def test_a_reader_that_sleeps_stops_the_writer(server: PrivateSshd) -> None:
         link = await open_link(THERE, server.options(script), ours, print)
         with theirs:
             writing = asyncio.ensure_future(asyncio.to_thread(sent(bytes(MIB), size // MIB), theirs))
-            await until_still(lambda: link.bytes_sent)
-            assert 0 < link.bytes_sent < 16 * MIB and not writing.done()
-            go.touch()
+            try:
+                await until_still(lambda: link.bytes_sent)
+                assert 0 < link.bytes_sent < 16 * MIB and not writing.done()
+            finally:
+                go.touch()
             answer = await writing
         assert (await link.close()).clean
         return answer
@@ -393,9 +399,7 @@ def test_the_connection_is_made_for_speed_and_safety(server: PrivateSshd) -> Non
     async def scenario() -> dict[str, Any]:
         connection = await connect(THERE, server.options())
         try:
-            found = {
-                n: connection.get_extra_info(n) for n in ("send_cipher", "recv_cipher", "send_compression")
-            }
+            found = {n: connection.get_extra_info(n) for n in ("send_cipher", "recv_cipher", "send_compression")}
             sock = connection.get_extra_info("socket")
             return {**found, "nodelay": sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)}
         finally:
@@ -426,9 +430,7 @@ def test_an_agent_is_spoken_to_in_lines(server: PrivateSshd) -> None:
     long = b"x" * (3 * MIB)
 
     async def scenario() -> tuple[list[bytes], ProcessEnd]:
-        agent = await run_agent(
-            THERE, server.options('printf "%s|" "$@"; echo; cat; exit 4'), ["ps", "a b'$x"], print
-        )
+        agent = await run_agent(THERE, server.options('printf "%s|" "$@"; echo; cat; exit 4'), ["ps", "a b'$x"], print)
         agent.send(b"short")
         agent.send(long)
         agent.close_input()

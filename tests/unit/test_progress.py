@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from agent.api import Event, Log, Progress, Round, RoundFinished, StateChanged
-from migrate import progress
 from migrate.progress import LiveLine, PlainLines, threshold
 
 ROUND = RoundFinished(
@@ -16,9 +15,7 @@ ROUND = RoundFinished(
     remaining_pages=17,
     estimated_pause_ms=21.5,
 )
-PROGRESS = Progress(
-    round=3, pages_done=1000, pages_total=5000, bytes_sent=1 << 20, rate=1 << 20, estimated_pause_ms=33.0
-)
+PROGRESS = Progress(round=3, pages_done=1000, pages_total=5000, bytes_sent=1 << 20, rate=1 << 20, estimated_pause_ms=33.0)
 EVENTS: tuple[Event, ...] = (
     StateChanged(state="pre-copy"),
     PROGRESS,
@@ -67,7 +64,7 @@ def test_how_much_is_said(verbose: int, quiet: bool, shown: str) -> None:
 
 def test_a_long_round_shows_life_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("migrate.progress.time.monotonic", lambda: clock[0])
     stream = io.StringIO()
     lines = PlainLines(stream, threshold(0, False))
     for now in range(0, 21):
@@ -79,9 +76,7 @@ def test_a_long_round_shows_life_now_and_then(monkeypatch: pytest.MonkeyPatch) -
 
 def live() -> str:
     stream = io.StringIO()
-    console = Console(
-        file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False
-    )
+    console = Console(file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False)
     line = LiveLine(console, threshold(0, False))
     for event in EVENTS:
         line.show(event)
@@ -112,9 +107,7 @@ def test_the_live_line_gives_the_cursor_back() -> None:
 
 def test_messages_from_elsewhere_cannot_command_the_terminal() -> None:
     stream = io.StringIO()
-    console = Console(
-        file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False
-    )
+    console = Console(file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False)
     line = LiveLine(console, threshold(0, False))
     line.show(Log(level="error", message="\x1b]0;owned\x07[red]x[/red]"))
     line.show(StateChanged(state="copying", detail="\x1b]0;owned\x07[red]x[/red]"))

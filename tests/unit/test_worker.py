@@ -32,7 +32,7 @@ def drain(fd: int) -> list[Event]:
     except BlockingIOError:
         pass
     assert data.endswith(b"\n") or not data
-    return [msgspec.json.decode(line, type=Event) for line in data.splitlines()]  # type: ignore[arg-type]
+    return [msgspec.json.decode(line, type=Event) for line in data.splitlines()]
 
 
 def fill(events: EventPipe) -> int:
@@ -69,7 +69,7 @@ def test_a_full_pipe_keeps_everything_else(pipe: tuple[int, EventPipe]) -> None:
     first = drain_raw(reading)
     events.flush()
     rest = drain_raw(reading)
-    lines = [msgspec.json.decode(line, type=Event) for line in (first + rest).splitlines()]  # type: ignore[arg-type]
+    lines = [msgspec.json.decode(line, type=Event) for line in (first + rest).splitlines()]
     assert [event for event in lines if isinstance(event, StateChanged)] == states
     assert lines[-1] == states[-1]
 
@@ -93,7 +93,7 @@ def test_a_line_longer_than_the_pipe_survives(pipe: tuple[int, EventPipe]) -> No
     while not data.endswith(b"\n"):
         data += drain_raw(reading)
         events.flush(timeout=0.1)
-    assert msgspec.json.decode(data, type=Event) == long  # type: ignore[arg-type]
+    assert msgspec.json.decode(data, type=Event) == long
 
 
 def test_a_reader_that_is_gone_is_noticed_and_harmless() -> None:

@@ -309,7 +309,8 @@ def find_syscall(code: bytes) -> int | None:
 _FP_XSTATE_MAGIC1: Final = 0x46505853
 _FP_XSTATE_MAGIC2: Final = 0x46505845
 _UC_FP_XSTATE: Final = 1
-_UCONTEXT: Final = struct.Struct("<QQ" + "QiiQ" + "23Q" + "9Q" + "Q")  # flags, link; uc_stack; registers; fpstate; sigmask
+# flags, link; uc_stack; registers; fpstate and reserved words; sigmask
+_UCONTEXT: Final = struct.Struct("<QQ" + "QiiQ" + "23Q" + "9Q" + "Q")
 
 
 def sigreturn_frame(address: int, registers: Registers, xstate: bytes, sigmask: int) -> bytes:

@@ -320,6 +320,7 @@ class Incoming:
         if self.shadow is not None and not self.live:
             self.shadow.destroy()
         self.context.close()
+        self.network.close()
         for fd, _ in self.context.sockets:
             os.close(fd)
         for fd in self._fds.values():

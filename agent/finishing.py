@@ -65,7 +65,10 @@ def rebuild(
 
 def _descriptors(shadow: Shadow, message: protocol.Rebuild, context: Rebuilding, executable: int) -> int:
     """Place all descriptors; the number under which the executable is open for the moment."""
-    ours = [kinds.rebuild(d, context) for d in message.descriptors]
+    # listeners before connections, which share their port
+    order = sorted(range(len(message.descriptors)), key=lambda i: not kinds.is_listener(message.descriptors[i]))
+    rebuilt = {i: kinds.rebuild(message.descriptors[i], context) for i in order}
+    ours = [rebuilt[i] for i in range(len(order))]
     keep = {fd for fd, _ in context.sockets}
     try:
         received = shadow.receive([*ours, executable])

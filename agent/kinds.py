@@ -24,6 +24,7 @@ from agent.resources import (
     tcp_socket,
     timerfd,
 )
+from agent.resources.tcp import TcpListener
 
 KINDS: Final[tuple[Any, ...]] = (
     regular_file,
@@ -107,6 +108,10 @@ def capture(file: OpenFile, process: SourceProcess) -> Descriptor:
 def decode(descriptor: Descriptor) -> Any:
     kind = _BY_NAME[descriptor.kind]
     return msgspec.msgpack.decode(descriptor.state, type=kind.State)
+
+
+def is_listener(descriptor: Descriptor) -> bool:
+    return descriptor.kind == tcp_socket.NAME and isinstance(decode(descriptor).tcp, TcpListener)
 
 
 def rebuild(descriptor: Descriptor, context: Rebuilding) -> int:

@@ -7,6 +7,7 @@ the destination, the address is installed after COMMIT, then the sockets are act
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from agent.api import Blocker, Notice
+from agent.kernel.addresses import Announcer
+from agent.kernel.packet import Injector
 from agent.kernel.sock_diag import SockDiag
+from agent.kernel.tcp_repair import TcpState
 from agent.resources import service_address, tcp
 from agent.resources.service_address import ServiceAddress
 from agent.resources.switchover import PacketCapture, replay
@@ -49,6 +53,8 @@ class SourceNetwork:
                 continue
             inodes.add(file.inode)
             ours = process.duplicate(file.fd)
+            if tcp.blockers(ours, file.name):
+                continue  # said by its kind; there is nothing to plan for it
             info = tcp.inspect(ours)
             if info.peer is None:
                 state = tcp.capture(ours)
@@ -92,12 +98,18 @@ class SourceNetwork:
             tcp.lock(fd)
 
     def busy(self) -> bool:
-        """Whether a connection waits to be accepted or is half open: it could not be moved."""
+        """Whether a connection waits to be accepted, is half open, or has ended and is about to be closed."""
         assert self._diag is not None
-        return any(tcp.pending_accepts(fd, self._diag) for fd in self._locked)
+        for fd in self._locked:
+            info = tcp.inspect(fd)
+            if info.state == TcpState.CLOSE and info.used:
+                return True
+            if info.state == TcpState.LISTEN and tcp.pending_accepts(fd, self._diag):
+                return True
+        return False
 
     def unlock(self) -> None:
-        """Roll back: every socket as it was; what was captured meanwhile its senders repeat."""
+        """Roll back: every socket as it was, and what arrived meanwhile arrives now."""
         for fd in self._locked:
             tcp.release(fd)
         self._locked = []
@@ -105,6 +117,10 @@ class SourceNetwork:
             for address in self.addresses:
                 service_address.restore(address)
             self._withdrawn = False
+        if self._capture is not None:
+            self._capture.stop()
+            with contextlib.suppress(OSError, ValueError):  # their senders repeat them
+                replay(self._capture.drain(), [a.address for a in self.addresses])
 
     def release(self) -> None:
         self.unlock()
@@ -144,7 +160,9 @@ class DestinationNetwork:
 
     def __init__(self) -> None:
         self._places: list[tuple[ServiceAddress, str]] = []
-        self._installed = False
+        # opened early, closed late: the kernel takes milliseconds over them
+        self._announcer: Announcer | None = None
+        self._injector: Injector | None = None
 
     def check(self, addresses: tuple[ServiceAddress, ...], listeners: tuple[tcp.TcpListener, ...]) -> list[Blocker]:
         """Why this host could not have them; remembers where each address goes."""
@@ -156,6 +174,8 @@ class DestinationNetwork:
             else:
                 self._places.append((address, place))
         found += [b for b in (tcp.can_listen(one) for one in listeners) if b is not None]
+        if self._places:
+            self._announcer, self._injector = Announcer(), Injector()
         return found
 
     @property
@@ -177,18 +197,23 @@ class DestinationNetwork:
         for fd, state in sockets:
             attempt(f"socket {state.local}", partial(tcp.activate, fd, state))
         for address, interface in self._places:
-            attempt(f"announcing {address.address}", partial(service_address.announce, address, interface))
+            attempt(f"announcing {address.address}", partial(service_address.announce, address, interface, self._announcer))
         return notices
 
     def replay(self, packets: list[bytes]) -> None:
         if packets:
-            replay(packets, self.moved)
+            replay(packets, self.moved, self._injector)
 
     def announce_again(self) -> None:
         """Frames can get lost: repeated over a moment."""
         for _ in range(_ANNOUNCEMENTS - 1):
             time.sleep(0.1)
             for address, interface in self._places:
-                service_address.announce(address, interface)
+                service_address.announce(address, interface, self._announcer)
+
+    def close(self) -> None:
+        for one in (self._announcer, self._injector):
+            if one is not None:
+                one.close()
 
 

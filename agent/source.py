@@ -378,6 +378,7 @@ class Migration:
         frozen.commit()
         self.link.send(protocol.Commit())
         self.network.withdraw()
+        self.link.send(protocol.Packets(self.network.captured(), last=False))
         live = self.link.expect(protocol.Live, time.monotonic() + 30)
         frozen.phases.mark("commit")
         pause = frozen.pause_ms()

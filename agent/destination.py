@@ -281,10 +281,8 @@ class Incoming:
 
     def _verify(self, message: protocol.Verify) -> None:
         assert self.rebuild is not None
-        found = check_verify(self._built, message)
-        if message.last:
-            found += check_rest(self._built, message, self.rebuild)
-        self.link.send(protocol.Verified(mismatches=tuple(found[:20])))
+        others = check_rest(self._built, message, self.rebuild) if message.last else []
+        self.link.send(protocol.Verified(memory=check_verify(self._built, message), others=tuple(others[:20])))
 
     def _commit(self, _: protocol.Commit) -> None:
         """From here on there is no way back: whatever fails is said, and the process lives."""

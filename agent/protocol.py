@@ -155,7 +155,8 @@ class Verify(msgspec.Struct, frozen=True, kw_only=True, tag="verify"):
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True, tag="verified"):
-    mismatches: tuple[str, ...]
+    memory: list[tuple[int, int]]  # pieces that differ
+    others: tuple[str, ...] = ()
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):

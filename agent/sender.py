@@ -63,21 +63,30 @@ class PageSender:
             return self._read_singly(part, frozen)
 
     def _read_singly(self, part: list[Range], frozen: bool) -> list[Range]:
+        """Range by range, through protections; a hole costs its own pages only, not what lies behind it."""
         done: list[Range] = []
         position = 0
-        for start, end in part:
-            try:
-                data = self._memory.read(start, end - start)
-            except OSError:
-                data = b""
-            if len(data) != end - start and frozen:
-                raise Vanished(f"pages at {start + len(data):#x} cannot be read")
-            whole = len(data) // PAGE * PAGE
-            self._buffer[position : position + whole] = data[:whole]
-            if whole:
-                done.append((start, start + whole))
-            position += whole
+        for begin, end in part:
+            start = begin
+            while start < end:
+                data = self._read_some(start, end)
+                if not data:
+                    if frozen:
+                        raise Vanished(f"the page at {start:#x} cannot be read")
+                    start += PAGE
+                    continue
+                self._buffer[position : position + len(data)] = data
+                done.append((start, start + len(data)))
+                position, start = position + len(data), start + len(data)
         return done
+
+    def _read_some(self, start: int, end: int) -> bytes:
+        """Whole pages from `start` on, as many as can be read; none if it is not mapped."""
+        try:
+            data = self._memory.read(start, end - start)
+        except OSError:
+            return b""
+        return data[: len(data) // PAGE * PAGE]
 
     def _send_chunk(self, part: list[Range], keep_zeros: bool, zeros: PageSet) -> int:
         kept, data = (part, memoryview(self._buffer)[: _size(part)]) if keep_zeros else self._without_zeros(part, zeros)

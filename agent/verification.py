@@ -23,10 +23,10 @@ _ZERO: Final = bytes(PAGE)
 _SPECIAL: Final = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
 
 
-def check_verify(shadow: Shadow, message: protocol.Verify) -> list[str]:
+def check_verify(shadow: Shadow, message: protocol.Verify) -> list[tuple[int, int]]:
     """The pieces whose digest differs."""
     return [
-        f"memory at {start:#x}-{end:#x}"
+        (start, end)
         for start, end, expected in message.pieces
         if digest(shadow.memory, start, end, message.masked) != expected
     ]

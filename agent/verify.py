@@ -53,18 +53,33 @@ def pieces(ranges: Sequence[Range]) -> Iterator[Range]:
 
 
 def verify(link: Link, frozen: FrozenProcess, rounds: Rounds) -> int:
-    """Compare everything with the shadow; pages compared. Mismatch names the first difference."""
+    """Compare everything with the shadow; pages compared. Mismatch names the first differences by page."""
     assert frozen.pending is not None and frozen.state is not None
     masked = _written_by_kernel(frozen.state.process.threads)
     present = [r for r in frozen.pending.present.ranges() if _mapped(r, rounds)]
-    batch: list[tuple[int, int, bytes]] = []
-    for start, end in pieces(present):
-        batch.append((start, end, digest(rounds.memory, start, end, masked)))
-        if len(batch) == _BATCH:
-            _compare(link, Verify(pieces=batch, masked=masked, last=False))
-            batch = []
-    _compare(link, Verify(pieces=batch, masked=masked, last=True, present=present))
+
+    def compare(ranges: Sequence[Range], last: bool = False) -> Verified:
+        digests = [(start, end, digest(rounds.memory, start, end, masked)) for start, end in ranges]
+        link.send(Verify(pieces=digests, masked=masked, last=last, present=present if last else []))
+        return link.expect(Verified)
+
+    cut = list(pieces(present))
+    for first in range(0, len(cut) or 1, _BATCH):
+        answer = compare(cut[first : first + _BATCH], last=first + _BATCH >= len(cut))
+        if answer.memory:
+            pages = [(p, p + PAGE) for start, end in answer.memory[:4] for p in range(start, end, PAGE)]
+            names = [_name(start, rounds) for start, _ in compare(pages).memory]
+            raise Mismatch(f"the copy differs from the original: {'; '.join(names[:8])}")
+        if answer.others:
+            raise Mismatch(f"the copy differs from the original: {'; '.join(answer.others[:8])}")
     return pages_in(present)
+
+
+def _name(page: int, rounds: Rounds) -> str:
+    found = next((m for m in rounds.layout if m.start <= page < m.end), None)
+    where = f" of mapping {found.start:#x}-{found.end:#x}" if found else ""
+    file = f" ({rounds.files.refs[found.file].path})" if found and not found.anonymous else ""
+    return f"page {page:#x}{where}{file}"
 
 
 def _written_by_kernel(threads: Sequence[ThreadState]) -> list[Range]:
@@ -75,10 +90,3 @@ def _written_by_kernel(threads: Sequence[ThreadState]) -> list[Range]:
 
 def _mapped(found: Range, rounds: Rounds) -> bool:
     return any(m.start < found[1] and found[0] < m.end for m in rounds.layout)
-
-
-def _compare(link: Link, message: Verify) -> None:
-    link.send(message)
-    answer = link.expect(Verified)
-    if answer.mismatches:
-        raise Mismatch("the copy differs from the original: " + "; ".join(answer.mismatches[:5]))

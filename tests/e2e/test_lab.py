@@ -120,10 +120,12 @@ def test_every_host_and_the_client_has_its_name_and_environment(lab: Lab) -> Non
         assert shown == [host, "/root", "C.UTF-8", str(Path(sys.executable).with_name("python3"))]
 
 
-def test_the_callers_directory_is_kept_where_the_host_has_it(lab: Lab, tmp_path: Path) -> None:
-    for directory, seen in ((PROJECT, str(PROJECT)), (tmp_path, "/")):
+def test_the_callers_directory_is_kept_where_all_hosts_have_it(lab: Lab, tmp_path: Path) -> None:
+    own = Path("/tmp")  # each host has one, but another
+    kept = {PROJECT: PROJECT, lab.shared: lab.shared, tmp_path: Path("/"), own: Path("/")}
+    for directory, seen in kept.items():
         done = command("exec", "--name", lab.name, "alpha", "--", "pwd", cwd=directory)
-        assert done.stdout.strip() == seen
+        assert done.stdout.strip() == str(seen)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -209,7 +211,15 @@ def test_output_of_a_detached_command_is_kept(lab: Lab) -> None:
     pid = lab.spawn("beta", "sh", "-c", "echo out; echo err >&2; readlink /proc/self/fd/0")
     until(lambda: "null" in lab.log("beta", pid), "all of its output")
     assert lab.log("beta", pid) == "out\nerr\n/dev/null\n"
-    assert lab.exec("beta", "cat", f"/run/lab/{pid}.log").stdout == lab.log("beta", pid)
+    for host in ("alpha", "beta"):
+        assert lab.exec(host, "cat", f"{lab.shared}/beta-{pid}.log").stdout == lab.log("beta", pid)
+
+
+def test_a_log_that_cannot_be_written_is_said() -> None:
+    with Lab("unwritable", hosts=1) as raised:
+        raised.exec("alpha", "mount", "-t", "tmpfs", "-o", "ro", "none", str(raised.shared))
+        with pytest.raises(RuntimeError, match="alpha-[0-9]+.log: Read-only file system"):
+            raised.spawn("alpha", "true")
 
 
 def test_status_shows_hosts_and_detached_commands(lab: Lab, sleeper: int) -> None:
@@ -218,11 +228,14 @@ def test_status_shows_hosts_and_detached_commands(lab: Lab, sleeper: int) -> Non
     alpha = shown["hosts"][0]
     assert alpha["alive"] and alpha["ipv4"] == lab.address("alpha") and alpha["ipv6"] == "fd77::11"
     assert os.readlink(f"/proc/{alpha['pid']}/ns/net") != os.readlink("/proc/self/ns/net")
+    assert shown["shared"] == str(lab.shared)
     mine = next(each for each in alpha["detached"] if each["pid"] == sleeper)
-    assert mine == {"pid": sleeper, "command": "sleep", "log": f"/run/lab/{sleeper}.log"}
+    log = f"{lab.shared}/alpha-{sleeper}.log"
+    assert mine == {"pid": sleeper, "command": "sleep", "log": log}
+    assert sleeper not in [each["pid"] for each in shown["hosts"][1]["detached"]]
     text = command("status", "--name", lab.name)
     assert text.returncode == 0
-    assert re.search(r"^alpha +up ", text.stdout) and f"/run/lab/{sleeper}.log" in text.stdout
+    assert re.search(r"^alpha +up ", text.stdout, re.MULTILINE) and log in text.stdout
 
 
 def test_orphans_are_reaped(lab: Lab) -> None:
@@ -265,6 +278,38 @@ def test_the_rest_of_the_file_system_is_common(lab: Lab) -> None:
     script = f"stat -c %d:%i /usr/bin/env {sys.executable} {LAB}"
     here = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
     assert lab.exec("alpha", "sh", "-c", script).stdout == lab.exec("beta", "sh", "-c", script).stdout == here
+
+
+def test_hosts_share_a_directory(lab: Lab) -> None:
+    path = lab.shared / "probe"
+    lab.exec("alpha", "sh", "-c", f"echo given > {path}")
+    for host in ("alpha", "beta", "client"):
+        assert lab.exec(host, "stat", "-c", "%d:%i", str(path)).stdout == identity(path)
+        assert lab.exec(host, "findmnt", "-no", "TARGET", "-T", str(path)).stdout.strip() == str(lab.shared)
+    assert lab.exec("beta", "cat", str(path)).stdout == path.read_text() == "given\n"
+
+
+def identity(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_dev}:{status.st_ino}\n"
+
+
+def test_an_unnamed_file_in_the_shared_directory_can_be_given_a_name(lab: Lab) -> None:
+    """O_TMPFILE, then linkat(2): what not every file system can do."""
+    script = (
+        "import os, sys; fd = os.open(sys.argv[1], os.O_TMPFILE | os.O_RDWR); os.write(fd, b'late');"
+        "os.link(f'/proc/self/fd/{fd}', sys.argv[1] + '/named', follow_symlinks=True)"
+    )
+    lab.exec("alpha", "python3", "-c", script, str(lab.shared))
+    assert lab.exec("beta", "cat", f"{lab.shared}/named").stdout == "late"
+
+
+def test_labs_do_not_share_with_one_another(lab: Lab) -> None:
+    (lab.shared / "mine").touch()
+    with Lab("neighbour", hosts=1) as other:
+        assert list(other.shared.iterdir()) == []
+        listing = other.exec("alpha", "ls", str(lab.shared.parent)).stdout
+        assert listing.split() == [other.name]
 
 
 def test_terminals_work(lab: Lab) -> None:

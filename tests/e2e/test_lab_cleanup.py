@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from lab import state
 from lab.fixture import LAB, Lab, command, until
-from lab.plan import LABS, PROJECT
+from lab.plan import LABS, PROJECT, SHARED
 
 KINDS = ("net", "mnt", "pid", "uts", "ipc", "cgroup", "time")
 
@@ -31,6 +31,11 @@ def members(name: str) -> list[int]:
             if name.encode() in words and str(LAB).encode() in words:
                 found.append(int(entry.name))
     return found
+
+
+def directories(name: str) -> list[str]:
+    """A lab's directories on the machine."""
+    return [str(each) for common in (LABS, SHARED) for each in common.glob(f"*{name}*")]
 
 
 class Traces:
@@ -50,7 +55,7 @@ class Traces:
             "members": [str(each) for each in members(self.name)],
             "processes": self._links("ns"),
             "descriptors": self._links("fd"),
-            "state": [str(each) for each in LABS.glob(f"*{self.name}*")],
+            "directories": directories(self.name),
             "mounts": re.findall(".*nsfs.*", Path("/proc/self/mountinfo").read_text()),
         }
         for pin in self._pins:
@@ -75,6 +80,8 @@ def busy(raised: Lab) -> Traces:
     raised.spawn("alpha", "sleep", "1000")
     raised.spawn("beta", "unshare", "--mount", "--net", "--pid", "--fork", "sleep", "1000")
     raised.exec("beta", "mount", "-t", "tmpfs", "none", "/mnt")
+    inside = 'mkdir "$0" && touch "$0/file" && mount -t tmpfs none "$0"'
+    raised.exec("beta", "sh", "-c", inside, str(raised.shared / "directory"))
     traces = Traces(raised.name)
     assert len(traces.namespaces) >= 3 * len(KINDS) + 1  # three hosts and the bridge
     return traces
@@ -88,6 +95,14 @@ def test_down_leaves_nothing() -> None:
     assert traces.left() == {}
     assert Path("/proc/self/mounts").read_text() == mounts
     assert Path("/proc/net/dev").read_text().count(":") == devices
+
+
+def test_down_removes_the_shared_directory() -> None:
+    with Lab("shared", hosts=1) as raised:
+        pid = raised.spawn("alpha", "sleep", "1000")
+        assert [each.name for each in raised.shared.iterdir()] == [f"alpha-{pid}.log"]
+        assert str(raised.shared) in directories(raised.name)
+    assert not raised.shared.exists()
 
 
 def test_down_is_the_same_the_second_time() -> None:
@@ -172,7 +187,7 @@ def test_up_that_fails_says_why_and_cleans_up(tmp_path: Path) -> None:
     name = f"fails-{os.getpid()}"
     done = command("up", "--name", name, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert done.returncode == 1 and "broken" in done.stderr
-    assert members(name) == [] and list(LABS.glob(f"*{name}*")) == []
+    assert members(name) == [] and directories(name) == []
 
 
 def test_a_tests_lab_goes_when_the_test_is_killed() -> None:
@@ -186,5 +201,5 @@ def test_a_tests_lab_goes_when_the_test_is_killed() -> None:
         traces = Traces(name)
         assert len(traces.namespaces) > 3 * len(KINDS)
         process.kill()
-    until(lambda: members(name) == [] and not (LABS / name).exists(), "the lab goes")
+    until(lambda: members(name) == [] and directories(name) == [], "the lab goes")
     assert traces.left() == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 from lab import enter, keys, processes, state, supervisor
 from lab.link import Link
-from lab.plan import HOST_DIRECTORY, Bandwidth, LabError, Plan
+from lab.plan import Bandwidth, LabError, Plan, shared
 
 USAGE, FAILED = 2, 1
 
@@ -112,7 +113,7 @@ def _exec(options: argparse.Namespace) -> int:
     enter.enter(lab.host(options.host))
     if not options.detach:
         return enter.run(options.argv, environment)
-    print(enter.start(options.argv, environment))
+    print(enter.start(options.argv, environment, functools.partial(lab.log, options.host)))
     return 0
 
 
@@ -124,17 +125,20 @@ def _address(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     lab = _lab(options)
-    hosts = [_describe(host) for host in lab.hosts.values()]
+    hosts = [_describe(lab, host) for host in lab.hosts.values()]
+    directory = str(shared(lab.name))
     if options.json:
-        print(json.dumps({"name": lab.name, "supervisor": lab.supervisor.pid, "hosts": hosts}, indent=1))
+        about = {"name": lab.name, "supervisor": lab.supervisor.pid, "shared": directory, "hosts": hosts}
+        print(json.dumps(about, indent=1))
     else:
+        print(f"shared   {directory}")
         _print_hosts(hosts)
     return 0 if hosts and all(each["alive"] for each in hosts) else FAILED
 
 
-def _describe(host: state.HostState) -> dict[str, Any]:
+def _describe(lab: state.LabState, host: state.HostState) -> dict[str, Any]:
     alive = host.init.alive()
-    detached = host.detached().items() if alive else ()
+    detached = lab.detached(host.name).items() if alive else ()
     return {
         "name": host.name,
         "alive": alive,
@@ -142,7 +146,7 @@ def _describe(host: state.HostState) -> dict[str, Any]:
         "ipv4": host.ipv4,
         "ipv6": host.ipv6,
         "detached": [
-            {"pid": pid, "command": name, "log": str(HOST_DIRECTORY / f"{pid}.log")} for pid, name in detached
+            {"pid": pid, "command": name, "log": str(lab.log(host.name, pid))} for pid, name in detached
         ],
     }
 

@@ -10,10 +10,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from lab import kernel, processes
-from lab.plan import HOST_DIRECTORY, LabError
+from lab.plan import LabError
 from lab.state import HostState
 
 _SI_KERNEL = 0x80  # asm-generic/siginfo.h: sent by the kernel, as a terminal's signals are
@@ -32,12 +33,18 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as a shell has it
 
 def enter(host: HostState) -> None:
     """Move this process into the host: network, files and names at once, pids and clocks for its children."""
-    directory = os.getcwd()
+    directory, here = os.getcwd(), os.stat(".")
     fd = host.init.open()
     kernel.setns(fd, kernel.OWN | kernel.CHILDREN)
     os.close(fd)
-    # The caller's directory where the host has the same one.
-    os.chdir(directory if os.path.isdir(directory) else "/")
+    os.chdir(directory if _is_at(directory, here) else "/")
+
+
+def _is_at(path: str, status: os.stat_result) -> bool:
+    """Whether the very directory that `status` is of is at `path` here: then it is so in all hosts."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), status)
+    return False
 
 
 def run(command: list[str], environment: Mapping[str, str]) -> int:
@@ -115,19 +122,17 @@ def _fork_orphan(work: Callable[[], NoReturn]) -> None:
     os.waitpid(processes.fork_into(middle), 0)
 
 
-def start(command: list[str], environment: Mapping[str, str]) -> int:
+def start(command: list[str], environment: Mapping[str, str], log: Callable[[int], Path]) -> int:
     """Start `command` in the entered host, detached, and return its pid there.
 
     It leads a session of its own, is a child of the host's pid 1, reads /dev/null and writes to
-    HOST_DIRECTORY/PID.log. Raises LabError if it cannot be executed.
+    `log` of its pid. Raises LabError if it cannot be executed, or the log not be written.
     """
     reader, writer = os.pipe()
 
     def leader() -> NoReturn:
         os.setsid()
-        path = HOST_DIRECTORY / f"{os.getpid()}.log"
-        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-        processes.redirect(log)
+        _write_to(log(os.getpid()), writer)
         processes.close_others(writer)
         os.write(writer, f"pid {os.getpid()}\n".encode())
         _execute(command, environment, report=writer)
@@ -139,6 +144,16 @@ def start(command: list[str], environment: Mapping[str, str]) -> int:
     if "error" in told or "pid" not in told:
         raise LabError(told.get("error", f"{command[0]} was not started"))
     return int(told["pid"])
+
+
+def _write_to(path: Path, report: int) -> None:
+    """Let standard output and error be the file `path`, emptied. If that fails, say so on `report` and exit."""
+    try:
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    except OSError as err:
+        os.write(report, f"error {path}: {err.strerror}\n".encode())
+        os._exit(1)
+    processes.redirect(log)
 
 
 def _execute(command: list[str], environment: Mapping[str, str], report: int | None = None) -> NoReturn:

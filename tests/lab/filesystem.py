@@ -1,5 +1,7 @@
 """A host's own view of the file system: what is its own is a tmpfs, everything else is the machine's.
 
+The directory that the lab's hosts share is the machine's too, kept visible under the host's own /var/lib.
+
 All of it is mounted in the host's mount namespace and goes with it.
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lab import state
+from lab import plan, state
 
 LAB = Path(__file__).with_name("lab")
 
@@ -41,6 +41,7 @@ class Lab:
 
     def __init__(self, name: str = "test", hosts: int = 2, bandwidth: str | None = None) -> None:
         self.name = f"{name}-{os.getpid()}"
+        self.shared: Path = plan.shared(self.name)  # while it is up: a directory of all hosts, and of ours
         self._options = ["--hosts", str(hosts), *(["--bandwidth", bandwidth] if bandwidth else [])]
         self._tether: int | None = None
 
@@ -110,18 +111,21 @@ class Lab:
         return found.ipv6 if ipv6 else found.ipv4
 
     def log(self, host: str, pid: int) -> str:
-        """What the detached command `pid` of `host` wrote so far."""
-        return self._host(host).log(pid).read_text(errors="replace")
+        """What the command that was started detached in `host`, as `pid`, wrote so far, wherever it is now."""
+        return self._state().log(host, pid).read_text(errors="replace")
 
     def pid_outside(self, host: str, pid: int) -> int:
         """The machine's number of `pid` of `host`. Raises ProcessLookupError."""
         return self._host(host).outside(pid)
 
     def _host(self, name: str) -> state.HostState:
+        return self._state().host(name)
+
+    def _state(self) -> state.LabState:
         lab = state.load(self.name)
         if lab is None:
             raise RuntimeError(f"lab {self.name} is not up")
-        return lab.host(name)
+        return lab
 
     def _command(self, name: str, *rest: str) -> list[str]:
         return [sys.executable, str(LAB), name, "--name", self.name, *rest]

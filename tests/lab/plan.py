@@ -15,7 +15,8 @@ CLIENT = "client"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROJECT = Path(__file__).resolve().parents[2]
 LABS = Path("/run/migrate-lab")  # on the machine: one directory for each lab
-HOST_DIRECTORY = Path("/run/lab")  # in each host: its sshd's files and the output of detached commands
+SHARED = Path("/var/lib/migrate-lab")  # on the machine's disk: one directory for each lab, shared by its hosts
+HOST_DIRECTORY = Path("/run/lab")  # in each host: its sshd's and its configuration files
 
 _DAY = 86_400
 _UNITS = {"kbit": 1_000, "mbit": 1_000_000, "gbit": 1_000_000_000}
@@ -108,10 +109,15 @@ class Plan:
     @property
     def visible(self) -> tuple[Path, ...]:
         """Directories that hosts must see, even under a directory of which each host has its own."""
-        paths = [PROJECT]
+        paths = [PROJECT, shared(self.name)]
         if self.programs is not None:
             paths += [self.programs.parent, (self.programs / "python3").resolve().parent.parent]
         return tuple(paths)
+
+
+def shared(name: str) -> Path:
+    """The directory that all hosts of lab `name` share, at the same path in each and on the machine."""
+    return SHARED / name
 
 
 def home() -> Path:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lab import kernel
-from lab.plan import HOST_DIRECTORY, LABS, LabError
+from lab.plan import LABS, SHARED, LabError, shared
 
 _DEADLINE = 20.0  # seconds for the kernel to take down a host's processes
 _GRACE = 2.0  # seconds for the supervisor to end by itself
@@ -72,17 +72,8 @@ class HostState:
         """The host's file system as seen from outside."""
         return Path(f"/proc/{self.init.pid}/root")
 
-    def log(self, pid: int) -> Path:
-        """Where the output of the detached command `pid` (the host's number) is, seen from outside."""
-        return self.root / HOST_DIRECTORY.relative_to("/") / f"{pid}.log"
-
-    def detached(self) -> dict[int, str | None]:
-        """Commands started detached: their pids in the host, and their names; None: ended."""
-        logs = self.root / HOST_DIRECTORY.relative_to("/")
-        pids = sorted(int(each.stem) for each in logs.glob("*.log") if each.stem.isdigit())
-        return {pid: self._name(pid) for pid in pids}
-
-    def _name(self, pid: int) -> str | None:
+    def command(self, pid: int) -> str | None:
+        """The name of the host's process `pid`, or None if there is none."""
         try:
             return (self.root / f"proc/{pid}/comm").read_text().strip()
         except (FileNotFoundError, ProcessLookupError):
@@ -132,6 +123,16 @@ class LabState:
             raise LabError(f"host {name} of lab {self.name!r} is dead")
         return host
 
+    def log(self, host: str, pid: int) -> Path:
+        """Where the output is of the command that was started detached in `host` with the number `pid`."""
+        return shared(self.name) / f"{host}-{pid}.log"
+
+    def detached(self, host: str) -> dict[int, str | None]:
+        """Commands started detached in `host`: their pids there, and their names; None: ended, or moved."""
+        found = (each.stem.removeprefix(f"{host}-") for each in shared(self.name).glob(f"{host}-*.log"))
+        pids = sorted(int(each) for each in found if each.isdecimal())
+        return {pid: self.hosts[host].command(pid) for pid in pids}
+
     def processes(self) -> list[Process]:
         return [*(host.init for host in self.hosts.values()), self.supervisor]
 
@@ -141,7 +142,7 @@ def directory(name: str) -> Path:
 
 
 def claim(name: str, environment: dict[str, str]) -> None:
-    """Make the lab's directory, naming this process as its supervisor for now; a dead lab's is removed.
+    """Make the lab's directories, naming this process as its supervisor for now; a dead lab's are removed.
 
     Raises LabError if a living lab has it.
     """
@@ -155,14 +156,16 @@ def claim(name: str, environment: dict[str, str]) -> None:
     except OSError as err:
         shutil.rmtree(ours)
         raise LabError(f"lab {name!r} is up or coming up; `lab down --name {name}` removes it") from err
+    _new_directory(shared(name), 0o755)
 
 
-def _new_directory(path: Path) -> Path:
+def _new_directory(path: Path, mode: int = 0o700) -> Path:
     """Make `path`. Its parent may vanish meanwhile, when another lab, the last one, is removed."""
     while True:
         with contextlib.suppress(FileNotFoundError):
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            path.mkdir(mode=0o700)
+            path.mkdir()
+            path.chmod(mode)  # whatever the umask
             return path
 
 
@@ -188,7 +191,7 @@ def load(name: str) -> LabState | None:
 
 
 def remove(name: str) -> None:
-    """End the lab's processes, wait until they are gone, and remove its directory.
+    """End the lab's processes, wait until they are gone, and remove its directories.
 
     With a host's pid 1 all its processes end (pid_namespaces(7)); with its last process its namespaces and
     their mounts go, for nothing else refers to them. Does nothing if there is no such lab. Raises LabError
@@ -205,11 +208,13 @@ def remove(name: str) -> None:
 
 
 def forget(name: str) -> None:
-    """Remove the lab's directory, and the common one if it was the last lab."""
-    for path in (directory(name), *LABS.glob(f".{name}.[0-9]*")):
+    """Remove the lab's directories, and the common ones if it was the last lab."""
+    # The one with the state comes last: as long as it is there, `down` and the next `up` look for the others.
+    for path in (shared(name), *LABS.glob(f".{name}.[0-9]*"), directory(name)):
         shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        LABS.rmdir()
+    for common in (SHARED, LABS):
+        with contextlib.suppress(OSError):
+            common.rmdir()
 
 
 def end(processes: list[Process]) -> None:

@@ -50,13 +50,19 @@ void arena_check(struct arena *arena)
         check_page(arena, at);
 }
 
-/* A hole must be one: the kernel answers ENOMEM for it. */
-static void check_hole(struct arena *arena, size_t at)
+/* The kernel answers ENOMEM for a hole. */
+static bool mapped(const struct arena *arena, size_t at)
 {
     unsigned char resident;
-    bool mapped = mincore(address(arena, at), PAGE, &resident) == 0;
-    if (mapped != (arena->page[at].kind != HOLE))
-        complain("churn", "arena %d page %zu is %s", arena->index, at, mapped ? "mapped" : "a hole");
+    return mincore(address(arena, at), PAGE, &resident) == 0;
+}
+
+/* A hole must be one, and nothing else may be. */
+static void check_hole(struct arena *arena, size_t at)
+{
+    bool is = mapped(arena, at);
+    if (is != (arena->page[at].kind != HOLE))
+        complain("churn", "arena %d page %zu is %s", arena->index, at, is ? "mapped" : "a hole");
 }
 
 /* ---- the model's ranges */
@@ -237,6 +243,20 @@ static void move_pages(struct arena *arena, struct range from, size_t to, size_t
         set_page(arena, to + i, moved[i]);
 }
 
+/* What the kernel keeps as several mappings cannot grow, and may move in part before it fails (EFAULT, mremap(2)). The
+ * target's old content may be gone or not: it goes now. */
+static void settle_failed_move(struct arena *arena, struct range from, size_t to, size_t wanted)
+{
+    for (size_t i = 0; i < wanted; i++) {
+        if (i < from.length && !mapped(arena, from.at + i)) {
+            set_page(arena, to + i, arena->page[from.at + i]);
+            set_hole(arena, (struct range){from.at + i, 1});
+        } else {
+            unmap_range(arena, (struct range){to + i, 1});
+        }
+    }
+}
+
 /* Move, and grow by chance. A grown file mapping must not reach behind the file's end. */
 static void move_range(struct arena *arena, struct range range)
 {
@@ -253,12 +273,10 @@ static void move_range(struct arena *arena, struct range range)
     char *target = address(arena, to);
     void *got = mremap(address(arena, range.at), range.length * PAGE, wanted * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED,
                        target);
-    if (failed(arena, got != target)) {
-        /* What the kernel keeps as two mappings cannot grow (EFAULT); the target may be gone nevertheless. */
-        unmap_range(arena, (struct range){to, wanted});
-        return;
-    }
-    move_pages(arena, range, to, wanted);
+    if (failed(arena, got != target))
+        settle_failed_move(arena, range, to, wanted);
+    else
+        move_pages(arena, range, to, wanted);
 }
 
 static void check_range(struct arena *arena, struct range range)
@@ -321,6 +339,16 @@ void arena_step(struct arena *arena)
     /* Half of the arena is mapped most of the time. */
     if (arena->live < arena->pages / 2)
         map_anonymous(arena, random_range(arena));
+}
+
+void arena_explain(const struct arena *arena, const void *where)
+{
+    size_t at = (size_t)((const char *)where - arena->base) / PAGE;
+    if ((const char *)where < arena->base || at >= arena->pages)
+        return;
+    const struct page *page = &arena->page[at];
+    complain("churn", "arena %d page %zu has kind %d, protection %d in the model, and is %s", arena->index, at,
+             page->kind, page->protection, mapped(arena, at) ? "mapped" : "a hole");
 }
 
 void arena_damage(struct arena *arena)

@@ -44,5 +44,7 @@ bool arena_skip(const char *names);
 void arena_step(struct arena *arena);
 /* Compare every page with the model. */
 void arena_check(struct arena *arena);
+/* Say, as a complaint, what the model has at an address that should not have faulted; nothing if it is not its. */
+void arena_explain(const struct arena *arena, const void *where);
 /* Deliberate damage: some pages become zeros behind the model's back, as a lost page would. */
 void arena_damage(struct arena *arena);

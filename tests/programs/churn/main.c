@@ -108,6 +108,8 @@ static void on_fault(int number, siginfo_t *info, void *context)
 {
     (void)context;
     complain("churn", "signal %d at %p", number, info->si_addr);
+    for (int i = 0; i < options.threads; i++)
+        arena_explain(&arenas[i], info->si_addr);
     status_finish();
     _exit(1);
 }

@@ -74,9 +74,17 @@ class Tracker:
         present, guards = list[Range](), list[Range]()
         for start, end, categories in self._there(0, TASK_SIZE, returned=self._guard):
             (guards if categories else present).append((start, end))
-        own = [(s, e) for low, high in files for s, e, _ in self._there(low, high, inverted=_FOREIGN)]
+        own = [r for low, high in files for r in self._own(low, high)]
         present = without(merged([*without(present, files), *own]), excluded)
         return Scan(present, intersection(written, present), without(guards, excluded))
+
+    def _own(self, start: int, end: int) -> list[Range]:
+        """Pages in a mapping of a file that are no longer the file's."""
+        found: list[Range] = []
+        for low, high, categories in self._there(start, end, inverted=_FOREIGN, returned=PAGE_IS_SWAPPED):
+            holes = self._pagemap.markers(low, high) if categories else []
+            found += without([(low, high)], holes)
+        return found
 
     def _written(self, protect: bool) -> list[Range]:
         """The kernel's short way also takes holes for written, and would protect them, so that each costs a marker."""

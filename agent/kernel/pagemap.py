@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from typing import Final
 
@@ -27,6 +28,9 @@ PM_SCAN_CHECK_WPASYNC: Final = 1 << 1
 
 PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _VECTOR: Final = 16384
+_PM_SWAP: Final = 1 << 62
+_SWAP_TYPE: Final = 31
+_SWP_PTE_MARKER: Final = 31
 
 Region = tuple[int, int, int]  # start, end, categories
 
@@ -56,6 +60,19 @@ class Pagemap:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def markers(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Pages of [start, end) that are no pages but userfaultfd's marks on a hole in a file mapping.
+
+        PAGEMAP_SCAN calls them swapped. Their type is the last of all swap types (include/linux/swap.h, SWP_PTE_MARKER).
+        """
+        count = (end - start) // 4096
+        words = struct.unpack(f"<{count}Q", os.pread(self._fd, 8 * count, start // 4096 * 8))
+        return [
+            (start + 4096 * n, start + 4096 * (n + 1))
+            for n, word in enumerate(words)
+            if word & _PM_SWAP and word & _SWAP_TYPE == _SWP_PTE_MARKER
+        ]
 
     def scan(
         self,

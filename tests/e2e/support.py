@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -22,6 +23,13 @@ from programs.status import BUILD, build, read_status, wait_for_status
 FULL = os.environ.get("MIGRATE_TEST_FULL") == "1"
 SERVICE = "10.77.0.100"
 DONE, USAGE, REFUSED, ROLLED_BACK, IN_DOUBT, UNREACHABLE = 0, 2, 3, 4, 5, 6
+# Of a migration's processes, by what `ps` shows: who watches, who works on either host.
+PARTS = {
+    "coordinator": r"migrate (move|check)",
+    "source": r"(migrate-agent|agent\.main) source",
+    "worker": r"agent\.worker",
+    "destination": r"(migrate-agent|agent\.main) destination",
+}
 
 
 class Hosts(Lab):
@@ -76,12 +84,11 @@ class Hosts(Lab):
         entries = (line.split(None, 1) for line in listing.splitlines())
         return {int(pid): command for pid, command in entries if "ps -e -o pid=,args=" not in command}
 
-    def agents(self, host: str, role: str = "") -> list[int]:
-        """Pids of the project's processes in a host, by /proc/PID/cmdline."""
-        mark = f"migrate-agent {role}".strip()
-        return [
-            pid for pid, command in self.processes(host).items() if mark in command and "sshd" not in command
-        ]
+    def agents(self, host: str, part: str = "") -> list[int]:
+        """Pids of the project's own processes in a host; `part` is one of PARTS, "" stands for all of them."""
+        pattern = PARTS[part] if part else "|".join(PARTS.values())
+        running = self.processes(host).items()
+        return [pid for pid, command in running if re.search(pattern, command) and "/lab exec " not in command]
 
 
 @dataclass
@@ -137,9 +144,7 @@ class Workload(Moved):
     status: Path = Path()
 
     @classmethod
-    def start(
-        cls, lab: Hosts, place: Place, program: str, *arguments: object, host: str = "alpha"
-    ) -> Workload:
+    def start(cls, lab: Hosts, place: Place, program: str, *arguments: object, host: str = "alpha") -> Workload:
         status = place.path / f"{program}.status"
         command = [BUILD / program, "--status", status, "--log", place.path / f"{program}.log", *arguments]
         pid = lab.start(host, *command)

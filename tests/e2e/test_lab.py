@@ -218,7 +218,7 @@ def test_output_of_a_detached_command_is_kept(lab: Lab) -> None:
 def test_a_log_that_cannot_be_written_is_said() -> None:
     with Lab("unwritable", hosts=1) as raised:
         raised.exec("alpha", "mount", "-t", "tmpfs", "-o", "ro", "none", str(raised.shared))
-        with pytest.raises(RuntimeError, match="alpha-[0-9]+.log: Read-only file system"):
+        with pytest.raises(RuntimeError, match=r"alpha-[0-9]+\.log: Read-only file system"):
             raised.spawn("alpha", "true")
 
 
@@ -298,7 +298,7 @@ def test_an_unnamed_file_in_the_shared_directory_can_be_given_a_name(lab: Lab) -
     """O_TMPFILE, then linkat(2): what not every file system can do."""
     script = (
         "import os, sys; fd = os.open(sys.argv[1], os.O_TMPFILE | os.O_RDWR); os.write(fd, b'late');"
-        "os.link(f'/proc/self/fd/{fd}', sys.argv[1] + '/named', follow_symlinks=True)"
+        "os.link(str(fd), sys.argv[1] + '/named', src_dir_fd=os.open('/proc/self/fd', os.O_PATH))"
     )
     lab.exec("alpha", "python3", "-c", script, str(lab.shared))
     assert lab.exec("beta", "cat", f"{lab.shared}/named").stdout == "late"

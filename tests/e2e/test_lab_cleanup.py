@@ -43,9 +43,11 @@ class Traces:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._pins = [
-            os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for pid in members(name) for kind in KINDS
-        ]
+        self._pins: list[int] = []
+        for pid in members(name):
+            # One that has ended since is no host: a child on its way to be `ip`, with our command line until then.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self._pins += [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in KINDS]
         ours = {os.stat(f"/proc/self/ns/{kind}").st_ino for kind in KINDS}
         self.namespaces = {os.fstat(pin).st_ino for pin in self._pins} - ours
 

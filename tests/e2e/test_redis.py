@@ -10,9 +10,7 @@ MEGABYTES = 1024 if FULL else 256
 
 
 def holders_of_address(lab: Hosts) -> list[str]:
-    return [
-        host for host in ("alpha", "beta") if SERVICE in lab.run(host, "ip", "-4", "address", "show", "eth0")
-    ]
+    return [host for host in ("alpha", "beta") if SERVICE in lab.run(host, "ip", "-4", "address", "show", "eth0")]
 
 
 @pytest.mark.timeout(900)

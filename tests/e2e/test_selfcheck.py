@@ -21,14 +21,8 @@ STATUS_FIELDS = {
 def facts(workload: Workload) -> dict[str, str]:
     """What the host tells of the process, from outside."""
     directory = f"/proc/{workload.pid}"
-    read = {
-        name: workload.lab.run(workload.host, "cat", f"{directory}/{name}") for name in ("status", "smaps")
-    }
-    found = {
-        name: value
-        for name, value in re.findall(r"^(\w+):\s*(.*)$", read["status"], re.M)
-        if name in STATUS_FIELDS
-    }
+    read = {name: workload.lab.run(workload.host, "cat", f"{directory}/{name}") for name in ("status", "smaps")}
+    found = {name: value for name, value in re.findall(r"^(\w+):\s*(.*)$", read["status"], re.M) if name in STATUS_FIELDS}
     for name in ("cmdline", "environ", "limits", "oom_score_adj", "auxv", "personality", "coredump_filter"):
         found[name] = workload.lab.run(workload.host, "base64", f"{directory}/{name}")
     for name in ("exe", "cwd", "root"):

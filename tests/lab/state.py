@@ -156,7 +156,11 @@ def claim(name: str, environment: dict[str, str]) -> None:
     except OSError as err:
         shutil.rmtree(ours)
         raise LabError(f"lab {name!r} is up or coming up; `lab down --name {name}` removes it") from err
-    _new_directory(shared(name), 0o755)
+    try:
+        _new_directory(shared(name), 0o755)
+    except OSError:
+        forget(name)
+        raise
 
 
 def _new_directory(path: Path, mode: int = 0o700) -> Path:

@@ -167,9 +167,7 @@ def talk(turn: Turn, options: argparse.Namespace, result: dict[str, object]) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("address", metavar="HOST:PORT")
     parser.add_argument("--until-file", type=Path, required=True)

@@ -302,5 +302,5 @@ class Link:
 def _decode(body: memoryview) -> Message:
     try:
         return _decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"a message that is not understood: {error}") from error

@@ -50,6 +50,9 @@ class Decoder:
                 raise ProtocolError(f"{len(data)} raw bytes where {raw_size} were announced")
             return data
         try:
+            # what the data claims is allocated at once, whatever max_output_size says
+            if zstandard.frame_content_size(data) != raw_size:
+                raise ProtocolError(f"compressed data of another size than the {raw_size} bytes announced")
             plain = self._zstd.decompress(data, max_output_size=raw_size, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise ProtocolError(f"damaged page data: {error}") from error

@@ -62,6 +62,8 @@ def decode_header(data: bytes) -> Header:
         raise ProtocolError(f"not a frame: {data.hex()}")
     if kind not in Kind._value2member_map_:
         raise ProtocolError(f"unknown kind of frame {kind}")
+    if kind == Kind.MESSAGE and raw_size:
+        raise ProtocolError(f"a message with a raw size of {raw_size}")
     limit = MAX_MESSAGE if kind == Kind.MESSAGE else MAX_PAGES + 8 + MAX_RANGES * 16
     if length > limit or raw_size > MAX_PAGES:
         raise ProtocolError(f"a frame of {length} bytes ({raw_size} raw) exceeds the bound {limit}")

@@ -60,7 +60,7 @@ def ask(batch: Batch, tid: int, registers: Registers, pending: tuple[bytes, ...]
         registers=registers,
         xstate=ptrace.get_xstate(tid),
         sigmask=ptrace.get_sigmask(tid),
-        comm=procfs.read(f"/proc/{tid}/comm").decode("utf-8", "surrogateescape")[:-1],
+        comm=procfs.read(f"/proc/{tid}/comm").decode("latin-1")[:-1],  # any bytes; text on the link is UTF-8
         scheduling=Scheduling(sched.get_attributes(tid), tuple(sorted(os.sched_getaffinity(tid)))),
         pending=pending,
         robust_list=sched.robust_list(tid),
@@ -81,7 +81,7 @@ def restore(batch: Batch, state: ThreadState, tgid: int) -> None:
     """The calls that the thread of the shadow makes itself. Credentials come after, rseq last."""
     prctl = arch.NR_prctl
     batch.call("set_tid_address", arch.NR_set_tid_address, state.clear_child_tid)
-    batch.call("name", prctl, identity.PR_SET_NAME, batch.put(state.comm.encode("utf-8", "surrogateescape") + b"\0"))
+    batch.call("name", prctl, identity.PR_SET_NAME, batch.put(state.comm.encode("latin-1") + b"\0"))
     if state.robust_list[0]:
         batch.call("set_robust_list", arch.NR_set_robust_list, *state.robust_list)
     signals.restore_altstack(batch, state.altstack)

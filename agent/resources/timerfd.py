@@ -75,6 +75,8 @@ def rebuild(state: State, context: Rebuilding) -> int:
 def after(state: State, elapsed_ns: int) -> tuple[State, int]:
     """The timer `elapsed_ns` later, and how often it expired meanwhile; its phase is kept."""
     remaining = state.remaining_ns
+    if not remaining and state.ticks:  # it expired right between being set going and being read
+        remaining = state.interval_ns
     if not remaining or elapsed_ns < remaining:
         left = remaining - elapsed_ns if remaining else 0
         return msgspec.structs.replace(state, remaining_ns=left), 0

@@ -78,6 +78,10 @@ class Hosts(Lab):
         links = self.run(host, "readlink", *(f"/proc/{pid}/ns/{name}" for name in names))
         return dict(zip(names, links.split(), strict=True))
 
+    def devices(self, host: str, pid: int | str = "self") -> list[str]:
+        """The file systems that a process of `host` has where each host has its own; "self": the host's."""
+        return self.run(host, "stat", "-c", "%d", f"/proc/{pid}/root/run", f"/proc/{pid}/root/tmp").split()
+
     def processes(self, host: str) -> dict[int, str]:
         """What runs in a host, by pid: the command lines. Without the asking itself."""
         listing = self.run(host, "ps", "-e", "-o", "pid=,args=")
@@ -129,7 +133,9 @@ class Moved:
         here, its = self.lab.namespaces(self.host), self.lab.namespaces(self.host, self.pid)
         there = self.lab.namespaces(source)
         assert its["net"] == here["net"] != there["net"]
-        assert its["mnt"] == here["mnt"] != there["mnt"]
+        # If its numbers were taken it has its own /proc, and so a copy of the host's mount namespace.
+        assert its["mnt"] != there["mnt"]
+        assert self.lab.devices(self.host, self.pid) == self.lab.devices(self.host) != self.lab.devices(source)
         # Its clocks go on as they were: it has a time namespace of its own, or its first host's.
         assert its["time"] != there["time"] or here["time"] == there["time"]
 
@@ -173,3 +179,15 @@ class Workload(Moved):
         assert status is not None
         assert status["complaints"] == 0, status["first_complaint"]
         return status
+
+
+def start_selfcheck(lab: Hosts, place: Place, *options: object) -> Workload:
+    """The self-checking program on alpha, its files where every host sees them.
+
+    But for its FIFO: what lies in one is the kernel's, of which these hosts have only one, and the other host's
+    opening of the same FIFO would find it there. So each host has a FIFO of its own, by the same name.
+    """
+    fifo = f"/tmp/{place.path.name}.fifo"
+    for host in ("alpha", "beta"):
+        lab.run(host, "mkfifo", fifo)
+    return Workload.start(lab, place, "selfcheck", "--dir", place.path / "files", "--fifo", fifo, *options)

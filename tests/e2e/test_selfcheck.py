@@ -6,10 +6,9 @@ import itertools
 import re
 
 import pytest
-from e2e.support import FULL, Hosts, Place, Workload
+from e2e.support import FULL, Hosts, Place, Workload, start_selfcheck
 
 MOVES = 50 if FULL else 5
-FIFO = "/tmp/selfcheck.fifo"
 
 # Of /proc/PID/status: what must be the same to a byte wherever the process is.
 STATUS_FIELDS = {
@@ -33,15 +32,9 @@ def facts(workload: Workload) -> dict[str, str]:
     return found
 
 
-def start(lab: Hosts, place: Place) -> Workload:
-    for host in ("alpha", "beta"):
-        lab.ask(host, "mkfifo", FIFO)
-    return Workload.start(lab, place, "selfcheck", "--dir", place.path / "files", "--fifo", FIFO)
-
-
 @pytest.mark.timeout(300 + 40 * MOVES)
 def test_back_and_forth(lab: Hosts, place: Place) -> None:
-    workload = start(lab, place)
+    workload = start_selfcheck(lab, place)
     before = facts(workload)
     pid_at_start = workload.now()["pid"]
     hosts = itertools.cycle(["beta", "alpha"])
@@ -57,7 +50,7 @@ def test_back_and_forth(lab: Hosts, place: Place) -> None:
 
 
 def test_check_touches_nothing(lab: Hosts, place: Place) -> None:
-    workload = start(lab, place)
+    workload = start_selfcheck(lab, place)
     done = lab.ask("alpha", "migrate", "check", workload.pid, "beta", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert workload.untraced()

@@ -1,0 +1,160 @@
+"""Interrupted waits as numbers: which call it was, what is left of it, and how it is made again."""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.kernel.arch import x86_64 as arch
+from agent.kernel.arch.x86_64 import Registers
+from agent.resources import waits
+from agent.resources.waits import MARGIN, Asleep
+
+RESTART = (1 << 64) - arch.ERESTART_RESTARTBLOCK
+SECOND = 1_000_000_000
+FUTEX_WAIT_PRIVATE = 128
+FUTEX_LOCK_PI = 6
+
+
+class Memory:
+    """A process's memory: some bytes at some addresses."""
+
+    def __init__(self, **contents: bytes) -> None:
+        self.contents = {int(address[1:]): data for address, data in contents.items()}
+
+    def read(self, address: int, size: int) -> bytes:
+        return self.contents[address][:size]
+
+
+def interrupted(number: int, **registers: int) -> Registers:
+    return Registers(orig_rax=number, rax=RESTART, rip=0x1000, **registers)
+
+
+def timespec(nanoseconds: int) -> bytes:
+    return struct.pack("<qq", nanoseconds // SECOND, nanoseconds % SECOND)
+
+
+# --- which call ---
+
+
+def code(*numbers: int) -> bytes:
+    """mov eax, number for each, in front of a syscall instruction."""
+    return b"".join(b"\xb8" + struct.pack("<i", n) for n in numbers).rjust(48, b"\x90")
+
+
+def identified(text: bytes) -> int:
+    registers = Registers(orig_rax=arch.NR_restart_syscall, rax=RESTART, rip=2050)
+    memory = Memory(_2000=text)
+    return waits.identified(registers, memory).orig_rax  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [arch.NR_poll, arch.NR_nanosleep, arch.NR_clock_nanosleep, arch.NR_futex])
+def test_the_number_before_the_instruction_tells_the_call(number: int) -> None:
+    assert identified(code(number)) == number
+    assert identified(code(arch.NR_mmap, number)) == number
+    assert identified(code(arch.NR_futex, number)) == number
+    assert identified(code(number) [:-3] + struct.pack("<I", number)[1:]) == number
+
+
+def test_a_call_that_cannot_be_told_is_said() -> None:
+    for text in (b"\x90" * 48, code(arch.NR_mmap), code(arch.NR_restart_syscall)):
+        with pytest.raises(ValueError, match="0x802"):
+            identified(text)
+
+
+def test_other_calls_are_left_alone() -> None:
+    registers = interrupted(arch.NR_nanosleep)
+    assert waits.identified(registers, Memory()) is registers  # type: ignore[arg-type]
+
+
+# --- what is left ---
+
+REQUESTED = 10 * SECOND
+
+
+def remaining(registers: Registers, slept: float, switches: int = 1, **memory: bytes) -> int | None:
+    """`slept` seconds after the thread went to sleep and was then stopped."""
+    before, after = Asleep(1000.0, 5), Asleep(1000.0 + slept * 1000, 5 + switches)
+    now = Asleep(1000.0 + slept * 1000, 0)
+    return waits.remaining_ns(registers, Memory(**memory), before, after, now)  # type: ignore[arg-type]
+
+
+CALLS = {
+    "poll": (interrupted(arch.NR_poll, rdx=10_000), {}),
+    "nanosleep": (interrupted(arch.NR_nanosleep, rdi=100), {"_100": timespec(REQUESTED)}),
+    "clock_nanosleep": (interrupted(arch.NR_clock_nanosleep, rdx=100), {"_100": timespec(REQUESTED)}),
+    "futex": (interrupted(arch.NR_futex, rsi=FUTEX_WAIT_PRIVATE, r10=100), {"_100": timespec(REQUESTED)}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_rest_of_a_wait_never_ends_early(name: str) -> None:
+    registers, memory = CALLS[name]
+    for slept in (0.0, 0.01, 1.0, 9.99):
+        left = remaining(registers, slept, **memory)
+        assert left is not None
+        exact = REQUESTED - int(slept * SECOND)
+        assert exact <= left <= min(REQUESTED, exact + MARGIN + 1000)
+    assert remaining(registers, 100.0, **memory) == 0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_where_the_beginning_is_not_known_it_is_the_whole_time(name: str) -> None:
+    registers, memory = CALLS[name]
+    assert remaining(registers, 5.0, switches=2, **memory) == REQUESTED  # woken in between
+    space = Memory(**memory)
+    some = Asleep(1.0, 1)
+    for known in ((None, some, some), (some, None, some), (some, some, None)):
+        assert waits.remaining_ns(registers, space, *known) == REQUESTED  # type: ignore[arg-type]
+
+
+def test_what_the_kernel_wrote_itself_counts() -> None:
+    for registers in (
+        interrupted(arch.NR_nanosleep, rdi=100, rsi=200),
+        interrupted(arch.NR_clock_nanosleep, rdx=100, r10=200),
+        interrupted(arch.NR_nanosleep, rdi=200, rsi=200),  # the request is overwritten
+    ):
+        assert waits.remainder_at(registers) == (200, 216)
+        assert remaining(registers, 1.0, _100=timespec(REQUESTED), _200=timespec(1234)) == 1234
+
+
+def test_calls_that_are_no_such_wait() -> None:
+    running = Registers(orig_rax=(1 << 64) - 1, rax=5)
+    read = Registers(orig_rax=0, rax=(1 << 64) - arch.ERESTARTSYS)
+    assert remaining(running, 1.0) is None
+    assert remaining(read, 1.0) is None
+    assert remaining(interrupted(arch.NR_futex, rsi=FUTEX_LOCK_PI, r10=100), 1.0) is None
+    done = msgspec.structs.replace(CALLS["nanosleep"][0], rax=0)
+    assert remaining(done, 1.0) is None
+    assert waits.remainder_at(running) is None
+
+
+# --- made again ---
+
+
+@given(st.integers(0, 1 << 62))
+def test_timespec(nanoseconds: int) -> None:
+    seconds, rest = struct.unpack("<qq", waits.timespec(nanoseconds))
+    assert 0 <= rest < SECOND
+    assert seconds * SECOND + rest == nanoseconds
+
+
+@given(st.integers(0, 1 << 40))
+def test_only_the_time_of_a_call_changes(left: int) -> None:
+    registers = Registers(rdi=1, rsi=2, rdx=3, r10=4, r8=5, r9=6)
+    place = 0x5000
+    for number, position in (
+        (arch.NR_nanosleep, 1),
+        (arch.NR_clock_nanosleep, 3),
+        (arch.NR_futex, 4),
+        (arch.NR_poll, 3),
+    ):
+        call = waits.call_with(msgspec.structs.replace(registers, orig_rax=number), left, place)
+        milliseconds = -(-left // 1_000_000)
+        wanted = [number, 1, 2, 3, 4, 5, 6]
+        wanted[position] = milliseconds if number == arch.NR_poll else place
+        assert list(call) == wanted

@@ -98,6 +98,8 @@ class FrozenProcess:
         try:
             ptrace.seize(tid)
         except ProcessLookupError:
+            if tid == self.pid:  # its number stays listed until its parent has noticed
+                raise
             return False
         return True
 

@@ -290,6 +290,11 @@ class Migration:
         encoder = Encoder(self.options.compression, self.options.compression_level)
         self.rounds = Rounds(self.process, self.link, encoder, found.files)
         self.rounds.sender.drop = _page_to_drop()
+        # what the freeze needs is opened and cleaned up now: between the last scan and the freeze each
+        # millisecond is one more of dirty pages
+        self.network.prepare()
+        gc.collect()
+        gc.freeze()
         stop_ms = self.rounds.start_tracking()
         self.report = msgspec.structs.replace(self.report, longest_stop_ms=round(stop_ms, 3))
 
@@ -331,22 +336,20 @@ class Migration:
         self.dirty_rate = dirty_rate
 
     def check_abort(self) -> None:
-        """Between two chunks: has somebody given up?"""
+        """Between two chunks, and before the commit: has somebody given up?"""
         if self._aborted():
             raise Aborted("aborted by request")
         if self.link.readable():
             message = self.link.receive()
             if isinstance(message, protocol.Failed):
                 raise PeerFailed(message)
-            raise ProtocolError(f"unexpected {type(message).__name__} during pre-copy")
+            raise ProtocolError(f"unexpected {type(message).__name__}")
 
     # --- freeze and commit ---
 
     def _freeze(self, found: inventory.Inventory) -> None:
         assert self.rounds is not None and self.process is not None
         self._state("freezing")
-        self.network.prepare()
-        gc.collect()
         gc.disable()
         self.link.set_timeout(self.options.freeze_timeout_ms / 1000)
         self.frozen = FrozenProcess(self.process, self.rounds, self.network, self.options)
@@ -369,8 +372,7 @@ class Migration:
             notices=(*self.report.notices, *ready.notices),
         )
         self._ready_phases = ready.phases
-        if self._aborted():
-            raise Aborted("aborted by request")
+        self.check_abort()  # a destination that is gone by now is no doubt yet
 
     def _commit(self) -> None:
         assert self.frozen is not None and self.rounds is not None

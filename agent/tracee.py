@@ -151,7 +151,7 @@ class Tracee:
         return arch.BATCH_PARK if self.fragile else arch.BATCH_TRAP
 
     def map_scratch(self, tid: int, syscall_at: int) -> None:
-        """Map the scratch with single-stepped calls at a syscall instruction of the process (source side)."""
+        """Map the scratch with single calls at a syscall instruction of the process (source side)."""
         step = self.single_syscall
         address = step(tid, syscall_at, "map scratch", arch.NR_mmap, 0, SCRATCH_SIZE, 3, 0x22, -1 & ALL_SIGNALS, 0)
         self.memory.write(address, self.runner_code())
@@ -166,14 +166,18 @@ class Tracee:
     # --- one call ---
 
     def single_syscall(self, tid: int, at: int, what: str, number: int, *arguments: int) -> int:
-        """Make a stopped task execute one syscall at instruction `at` by single-stepping; registers are kept."""
+        """Make a stopped task execute one syscall at instruction `at`, from its entry to the stop after; registers are kept."""
         saved = ptrace.get_registers(tid)
         mask = ptrace.get_sigmask(tid)
         try:
             ptrace.set_sigmask(tid, ALL_SIGNALS)
             ptrace.set_registers(tid, arch.syscall_registers(saved, at, number, arguments))
-            ptrace.singlestep(tid)
+            # no single step: the trap flag outlives a tracer that dies, and the SIGTRAP kills (__ptrace_unlink)
+            ptrace.to_syscall(tid)
             ptrace.wait(tid)
+            ptrace.interrupt(tid)
+            ptrace.cont(tid)
+            wait_event_stop(tid, time.monotonic() + _PARK_SECONDS)
             result = ptrace.get_registers(tid).result
         finally:
             ptrace.set_registers(tid, saved)

@@ -14,6 +14,7 @@ from typing import Final
 from ptrace import PtraceError
 from ptrace.binding.func import ptrace as _raw
 
+from agent.kernel import procfs
 from agent.kernel.arch.x86_64 import REGISTERS_SIZE, Registers
 
 PTRACE_CONT: Final = 7
@@ -75,7 +76,12 @@ def _call(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
 
 def seize(tid: int, options: int = 0) -> None:
     """Become the tracer without stopping the task; with no EXITKILL it runs on if we die."""
-    _call(PTRACE_SEIZE, tid, 0, options)
+    try:
+        _call(PTRACE_SEIZE, tid, 0, options)
+    except PermissionError:
+        if procfs.stat(tid).state in "ZX":  # ended, and its parent has not noticed yet
+            raise ProcessLookupError(3, os.strerror(3), f"task {tid}") from None
+        raise
 
 
 def interrupt(tid: int) -> None:

@@ -58,9 +58,17 @@ class FileTable:
     def number(self, line: MapsLine) -> int:
         key = (line.name, line.device, line.inode)
         if key not in self._numbers:
-            through = f"/proc/{self._pid}/map_files/{line.start:x}-{line.end:x}"
-            self._append(key, describe(line.name, through))
+            self._append(key, self._describe(line))
         return self._numbers[key]
+
+    def _describe(self, line: MapsLine) -> FileRef:
+        try:
+            return describe(line.name, f"/proc/{self._pid}/map_files/{line.start:x}-{line.end:x}")
+        except FileNotFoundError:  # the running process has unmapped or cut it since: then by its name
+            path = f"/proc/{self._pid}/root{line.name}"
+            if os.stat(path).st_ino != line.inode:
+                raise
+            return describe(line.name, path)
 
     def number_of_path(self, path: str, through: str) -> int:
         info = os.stat(through)

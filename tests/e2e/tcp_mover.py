@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from segment import Host, segment, wait_for
+from e2e.segment import Host, segment, wait_for
 
 from agent.kernel import sock_filter, tcp_repair
 from agent.kernel.addresses import Announcer

@@ -164,7 +164,8 @@ def test_commands_start_with_default_signals_and_no_descriptors(lab: Lab) -> Non
         os.close(stray)
         os.close(other)
     words = done.stdout.split()
-    assert words[1:4:2] == ["0" * 16] * 2
+    internal = 0b11 << 31  # signals 32 and 33 are glibc's own: its posix_spawn leaves them ignored
+    assert [int(word, 16) & ~internal for word in words[1:4:2]] == [0, 0]
     assert words[4:] == ["0", "1", "2", "3"]  # 3 is what ls reads the directory by
 
 

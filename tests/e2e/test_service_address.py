@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from segment import Host, segment, wait_for
+from e2e.segment import Host, segment, wait_for
 
 from agent.api import Blocker
 from agent.kernel import addresses

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from segment import Host, wait_for
-from tcp_mover import (
+from e2e.segment import Host, wait_for
+from e2e.tcp_mover import (
     FAMILIES,
     HALF_CLOSED,
     MIB,

@@ -7,8 +7,8 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from segment import Host, wait_for
-from tcp_mover import (
+from e2e.segment import Host, wait_for
+from e2e.tcp_mover import (
     FAMILIES,
     MIB,
     PORT,
@@ -113,7 +113,10 @@ def test_pending_accepts_and_quiesce(lab: Lab) -> None:
     listener = lab.listen(FAMILIES["ipv4"])
     with lab.first:
         diag = SockDiag()
-        pending = lambda: tcp.pending_accepts(listener.fileno(), diag)  # noqa: E731
+
+        def pending() -> int:
+            return tcp.pending_accepts(listener.fileno(), diag)
+
         assert pending() == 0
         waiting = lab.client.socket()
         waiting.connect((V4, PORT))
@@ -168,7 +171,7 @@ def test_the_source_may_still_retransmit_after_its_capture(
     """Its timestamps then run ahead of those captured: the peer must not take the destination's for old."""
     monkeypatch.setattr(destination, "_TIMESTAMP_MARGIN_MS", margin)
     if not margin:
-        monkeypatch.setattr(destination.time, "time", lambda: 0.0)  # nor do the hosts' clocks help
+        monkeypatch.setattr("time.time", lambda: 0.0)  # nor do the hosts' clocks help
     client, server = lab.connect(FAMILIES["ipv4"])
     tcp.lock(server.fileno())
     server.sendall(b"sent again and again")

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from segment import Host, wait_for
-from tcp_mover import (
+from e2e.segment import Host, wait_for
+from e2e.tcp_mover import (
     FAMILIES,
     PORT,
     V4,

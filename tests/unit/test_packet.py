@@ -17,7 +17,7 @@ V6 = (("fd00::1", 40000), ("fd00::2", 80))
 
 def slow_checksum(data: bytes) -> int:
     """RFC 1071 to the letter."""
-    total = sum(struct.unpack(f">{(len(data) + 1) // 2}H", data + b"\0" * (len(data) & 1)))
+    total: int = sum(struct.unpack(f">{(len(data) + 1) // 2}H", data + b"\0" * (len(data) & 1)))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF

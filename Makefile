@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml | provision
 	@touch $@
 
 lint: $(INSTALLED) ## check style: ruff
-	$(BIN)/ruff check . tests/lab/lab
+	$(BIN)/ruff check . tests/lab/lab tests/demo/demo
 
 types: $(INSTALLED) ## check types: mypy, strict, tests too
 	$(BIN)/mypy

@@ -33,6 +33,8 @@ class Flag(enum.IntFlag):
 
 # flags that say what the mapping is; a change of one of them means another mapping
 IDENTITY = Flag.SHARED | Flag.GROWSDOWN | Flag.NORESERVE
+# advice that can be turned into the other but not taken back (madvise(2)): what has lost it is another mapping too
+LASTING = Flag.HUGEPAGE | Flag.NOHUGEPAGE
 
 
 class Mapping(msgspec.Struct, frozen=True, array_like=True):
@@ -134,7 +136,7 @@ def difference(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[Operation
     changes: list[Operation] = []
     for start, end in itertools.pairwise(edges):
         was, now = before.get(start), after.get(start)
-        if was is not None and (now is None or was.identity() != now.identity()):
+        if was is not None and (now is None or _replaced(was, now)):
             unmaps.append(Unmap(start, end))
             was = None
         if now is None:
@@ -147,6 +149,10 @@ def difference(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[Operation
         if was.flags != now.flags:
             changes.append(Advise(start, end, was.flags, now.flags))
     return [*_join(unmaps), *(Map(m) for m in merge(fresh)), *changes]
+
+
+def _replaced(was: Mapping, now: Mapping) -> bool:
+    return was.identity() != now.identity() or bool(was.flags & LASTING and not now.flags & LASTING)
 
 
 def _join(unmaps: list[Unmap]) -> list[Unmap]:

@@ -224,7 +224,7 @@ class Shadow(Tracee):
             if (before ^ after) & flag:
                 advice = setting if after & flag else clearing
                 batch.call(f"madvise {start:#x}", arch.NR_madvise, start, end - start, advice, optional=True)
-        if (before ^ after) & Flag.LOCKED:
+        if (before ^ after) & (Flag.LOCKED | Flag.LOCKONFAULT):
             if after & Flag.LOCKED:
                 on_fault = 1 if after & Flag.LOCKONFAULT else 0
                 batch.call(f"mlock {start:#x}", arch.NR_mlock2, start, end - start, on_fault)

@@ -68,7 +68,7 @@ class Tracker:
         """
         protect = protect and self.incremental
         written = self._written(protect)
-        if protect:  # such a walk passes over what is not watched
+        if self.incremental:  # what is not watched is written, whatever marks its pages may carry
             unwatched = self._there(0, TASK_SIZE, inverted=PAGE_IS_WPALLOWED)
             written = merged([*written, *((s, e) for s, e, _ in unwatched)])
         present, guards = list[Range](), list[Range]()

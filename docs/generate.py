@@ -211,10 +211,7 @@ def _expanded(refusal: Refusal) -> Iterable[Refusal]:
         return [refusal._replace(why=AT_RUN_TIME[refusal.kind])]
     if refusal.kind != "…-namespace":
         return [refusal]
-    return [
-        Refusal(f"{name}-namespace", refusal.why.replace("…", name, 1), refusal.hint)
-        for name in inventory._NAMESPACES
-    ]
+    return [Refusal(f"{name}-namespace", refusal.why.replace("…", name, 1), refusal.hint) for name in inventory._NAMESPACES]
 
 
 # --- descriptors, asked of the registry ---------------------------------------------------------------------
@@ -280,13 +277,11 @@ def moving_descriptors() -> str:
 
 
 def _path(module: Any) -> str:
-    return module.__name__.replace(".", "/") + ".py"
+    return str(module.__name__).replace(".", "/") + ".py"
 
 
 def refused_descriptors() -> str:
-    rows = (
-        (name, f"`{b.kind}`", b.why, b.hint, PLANS.get(b.kind, "")) for name, b in unmovable_descriptors()
-    )
+    rows = ((name, f"`{b.kind}`", b.why, b.hint, PLANS.get(b.kind, "")) for name, b in unmovable_descriptors())
     return table(("descriptor", "kind", "why", "what to do", "planned"), rows)
 
 

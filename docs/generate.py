@@ -12,6 +12,7 @@ other refusal is found where it is made: calls that build a Blocker, read from t
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import socket
 import stat
@@ -175,6 +176,7 @@ def _arguments(node: ast.AST) -> dict[str, ast.expr] | None:
     return None
 
 
+@functools.cache
 def _called() -> set[str]:
     """The names of all functions and methods that the agent calls somewhere."""
     calls = (n.func for p in AGENT.rglob("*.py") for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call))
@@ -189,12 +191,16 @@ def _in_module(path: Path, called: set[str]) -> Iterator[Refusal]:
         scopes = function.body if isinstance(function, ast.ClassDef) else [function]
         for one in scopes:
             scope = Scope(module, one)
-            for node in ast.walk(one):
-                said = _arguments(node)
-                if said is not None:
-                    for kind in scope.texts(said.get("kind")):
-                        whys, hints = scope.texts(said.get("why")), scope.texts(said.get("hint"))
-                        yield from (Refusal(kind, why, (hints or [""])[0]) for why in whys or [""])
+            for said in _said(one):
+                for kind in scope.texts(said.get("kind")):
+                    whys, hints = scope.texts(said.get("why")), scope.texts(said.get("hint"))
+                    yield from (Refusal(kind, why, (hints or [""])[0]) for why in whys or [""])
+
+
+def _said(function: ast.AST) -> list[dict[str, ast.expr]]:
+    """What a function says in refusing, from its beginning to its end."""
+    nodes = sorted((n for n in ast.walk(function) if isinstance(n, ast.expr)), key=lambda node: node.lineno)
+    return [said for node in nodes if (said := _arguments(node)) is not None]
 
 
 def refusals(section: str) -> list[Refusal]:

@@ -157,6 +157,7 @@ class IncomingFile:
             if self.file.digest and digest(self._fd) != self.file.digest:
                 raise OSError(5, "the copied content does not match", self.file.path)
             os.fchmod(self._fd, self.file.mode)
-            os.link(f"/proc/self/fd/{self._fd}", self.file.path, follow_symlinks=True)
+            # some directory must be named, or Python calls link(2), which does not follow
+            os.link(f"/proc/self/fd/{self._fd}", self.file.path, src_dir_fd=self._fd, follow_symlinks=True)
         finally:
             os.close(self._fd)

@@ -28,7 +28,8 @@ class State(msgspec.Struct, frozen=True):
 
 
 def recognise(file: OpenFile) -> bool:
-    return (stat.S_ISREG(file.mode) or stat.S_ISDIR(file.mode)) and not file.link.startswith("/memfd:")
+    on_disk = file.link.startswith("/") and not file.link.startswith("/memfd:")  # a namespace is "net:[...]"
+    return on_disk and (stat.S_ISREG(file.mode) or stat.S_ISDIR(file.mode))
 
 
 def _deleted(file: OpenFile) -> bool:

@@ -179,7 +179,7 @@ def test_ioctls(probe: Probe) -> None:
 
 
 # the order of sigreturn_frame's registers, and where each is in struct sigcontext
-GREGS = ("r8 r9 r10 r11 r12 r13 r14 r15 rdi rsi rbp rbx rdx rax rcx rsp rip eflags cs ss").split()
+GREGS = ["r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx", "rsp", "rip", "eflags", "cs", "ss"]
 
 
 def test_signal_frame(probe: Probe) -> None:

@@ -19,7 +19,7 @@ import pytest
 from unit.children import compiled, ended, gone, wait_for
 
 from agent import destination, protocol, source
-from agent.api import CheckResult, Checked, Event, Finished, MoveOptions, Outcome, Report, Request, StateChanged
+from agent.api import Checked, CheckResult, Event, Finished, MoveOptions, Outcome, Report, Request, StateChanged
 from agent.kernel import procfs
 
 PAGE = 4096
@@ -213,7 +213,7 @@ def test_a_program_moves_and_goes_on(ticker: Ticker) -> None:
         *("examining", "offering", "preparing", "pre-copy", "freezing", "committed", "live", "migrated")
     ]
     ticker.process.wait(10)  # the original is dead
-    assert ticker.process.returncode == -signal.SIGKILL or ticker.process.returncode == 0
+    assert ticker.process.returncode in (-signal.SIGKILL, 0)
     copy = report.destination.pid
     assert copy is not None and copy != ticker.pid
     assert procfs.status(copy)["NSpid"].split() == [str(copy), str(ticker.pid)]

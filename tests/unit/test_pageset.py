@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -41,7 +42,7 @@ def check(pages: PageSet, model: set[int]) -> None:
     assert len(pages) == len(model)
     assert found == sorted(found)
     # maximal: between two ranges there is a hole, at a block's edge too
-    assert all(first[1] < second[0] for first, second in zip(found, found[1:], strict=False))
+    assert all(first[1] < second[0] for first, second in itertools.pairwise(found))
 
 
 @given(STEPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import struct
 import tempfile
@@ -274,7 +275,7 @@ def no_files(index: int) -> int:
 def layouts(draw: st.DrawFn) -> list[Mapping]:
     edges = sorted(draw(st.lists(st.integers(0, PAGES), unique=True, max_size=7)))
     found = []
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         if draw(st.booleans()):
             file = draw(st.sampled_from((-1, -1, 0)))
             offset = (first + draw(st.integers(0, 1))) * PAGE if file == 0 else 0

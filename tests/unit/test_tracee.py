@@ -192,11 +192,10 @@ def test_the_scratch_comes_and_goes() -> None:
 
 
 def test_a_task_that_ended() -> None:
-    with puppet() as target:
-        with stopped(target.pid) as task:
-            os.kill(target.pid, signal.SIGKILL)
-            with pytest.raises(ProcessLookupError):
-                task.map()
+    with puppet() as target, stopped(target.pid) as task:
+        os.kill(target.pid, signal.SIGKILL)
+        with pytest.raises(ProcessLookupError):
+            task.map()
     with puppet() as target:
         ptrace.seize(target.pid)
         os.kill(target.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -19,7 +20,7 @@ def numbers(ranges: Sequence[Range]) -> set[int]:
 def ordered(ranges: Sequence[Range]) -> bool:
     """In order, not empty, without overlap."""
     return all(s < e for s, e in ranges) and all(
-        a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False)
+        a[1] <= b[0] for a, b in itertools.pairwise(ranges)
     )
 
 
@@ -41,7 +42,7 @@ def test_merged(ranges: list[Range]) -> None:
     result = merged(ranges)
     assert numbers(result) == numbers(ranges)
     assert ordered(result)
-    assert all(a[1] < b[0] for a, b in zip(result, result[1:], strict=False))  # maximal
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(result))  # maximal
 
 
 @given(in_order(), in_order())

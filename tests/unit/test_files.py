@@ -1,0 +1,135 @@
+"""Files that both hosts must have: what is the same, what is not and how that is said, what is copied."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from unit.children import compiled
+
+from agent.resources import files
+from agent.resources.files import FileRef, IncomingFile
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> FileRef:
+    path = tmp_path / "file"
+    path.write_bytes(b"content")
+    path.chmod(0o751)
+    return files.describe(str(path), str(path))
+
+
+def why(file: FileRef, copy_files: bool = False) -> tuple[str, str]:
+    blocker = files.compare(file, copy_files)
+    assert blocker is not None and blocker.what == file.path and blocker.hint
+    return blocker.kind, blocker.why
+
+
+def test_describe(file: FileRef) -> None:
+    assert (file.size, file.mode) == (7, 0o751)
+    assert file.digest.hex() == "ed7002b439e9ac845f22357d822bac1444730fbdb6016d3ec9432297b9ec9f73"
+    assert file.identity[1] == os.stat(file.path).st_ino
+
+
+def test_a_link_is_followed_to_the_very_inode(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with path.open("rb") as opened:
+        path.unlink()
+        path.write_bytes(b"new!")
+        assert files.describe(str(path), f"/proc/self/fd/{opened.fileno()}").size == 3
+
+
+def test_the_same(file: FileRef) -> None:
+    assert files.compare(file, False) is None
+    Path(file.path).touch()
+    assert files.compare(file, False) is None
+
+
+def test_missing(file: FileRef) -> None:
+    Path(file.path).unlink()
+    kind, reason = why(file)
+    assert kind == "file-missing" and "does not have it" in reason
+    assert files.compare(file, copy_files=True) is None
+    assert files.missing([file]) == [file.path]
+
+
+@pytest.mark.parametrize("copy_files", [False, True])
+def test_what_differs_is_never_overwritten(file: FileRef, copy_files: bool) -> None:
+    path = Path(file.path)
+    path.write_bytes(b"longer content")
+    assert why(file, copy_files) == ("file-differs", "7 bytes here, 14 there")
+    path.write_bytes(b"CONTENT")
+    assert why(file, copy_files) == ("file-differs", "same size, other content")
+    path.unlink()
+    path.mkdir()
+    assert why(file, copy_files) == ("file-differs", "it is no regular file there")
+    path.rmdir()
+    os.mkfifo(path)
+    assert why(file, copy_files) == ("file-differs", "it is no regular file there")
+    path.unlink()
+    path.symlink_to(path)
+    assert why(file, copy_files)[1].startswith("it cannot be opened there: Too many levels")
+    assert files.missing([file]) == []
+
+
+def test_only_the_size_counts_where_there_is_no_digest(file: FileRef) -> None:
+    Path(file.path).write_bytes(b"CONTENT")
+    assert files.compare(msgspec.structs.replace(file, digest=b""), False) is None
+
+
+def test_programs_are_told_apart_by_their_build_ids(tmp_path: Path) -> None:
+    source = "int main(void) { return %d; }"
+    one, other = (compiled(source % n, "-Wl,--build-id") for n in (1, 2))
+    path = tmp_path / "program"
+    path.write_bytes(one.read_bytes())
+    described = files.describe(str(path), str(path))
+    ids = [files.build_id(str(p)) for p in (one, other)]
+    assert ids[0] != ids[1] and all(len(i) == 40 for i in ids)
+    described = msgspec.structs.replace(described, build_id=ids[0])
+    path.write_bytes(other.read_bytes().ljust(described.size, b"\0")[: described.size])
+    assert why(described) == ("file-differs", f"build id {ids[0]} here, {ids[1]} there")
+    assert files.build_id("/proc/self/status") == "" == files.build_id("/does/not/exist")
+
+
+def test_an_open_file_of_a_shared_file_system_may_differ_by_now(file: FileRef) -> None:
+    Path(file.path).write_bytes(b"written to since")
+    assert files.compare_opened(file, False) is None
+    blocker = files.compare_opened(msgspec.structs.replace(file, identity=(1, 2)), False)
+    assert blocker is not None and blocker.kind == "file-differs"
+    Path(file.path).unlink()
+    blocker = files.compare_opened(file, False)
+    assert blocker is not None and blocker.kind == "file-missing"
+
+
+def test_copying(file: FileRef, tmp_path: Path) -> None:
+    there = msgspec.structs.replace(file, path=str(tmp_path / "some" / "where" / "copy"))
+    incoming = IncomingFile(there)
+    for part in files.read_chunks(file.path):
+        incoming.write(part)
+    assert not Path(there.path).exists(), "it has its name when it is whole"
+    incoming.finish()
+    assert Path(there.path).read_bytes() == b"content"
+    assert os.stat(there.path).st_mode & 0o7777 == 0o751
+    assert files.compare(there, False) is None
+
+
+def test_a_damaged_copy_gets_no_name(file: FileRef, tmp_path: Path) -> None:
+    there = msgspec.structs.replace(file, path=str(tmp_path / "copy"))
+    incoming = IncomingFile(there)
+    incoming.write(b"c0ntent")
+    with pytest.raises(OSError, match="does not match"):
+        incoming.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_copy_does_not_replace_what_appeared_meanwhile(file: FileRef, tmp_path: Path) -> None:
+    there = msgspec.structs.replace(file, path=str(tmp_path / "copy"))
+    incoming = IncomingFile(there)
+    incoming.write(b"content")
+    Path(there.path).write_bytes(b"mine")
+    with pytest.raises(FileExistsError):
+        incoming.finish()
+    assert Path(there.path).read_bytes() == b"mine"

@@ -4,8 +4,8 @@
                  \\____________\\___________\\____________\\________/
                  link closed, Failed, any error: the shadow is killed, nothing stays
 
-The stream is hostile until proven otherwise: page ranges must lie in the declared layout, paths are those the answer
-agreed to, lengths are bounded by the decoder.
+The stream is hostile until proven otherwise: page ranges must lie in the declared layout, mapped files are those that
+were compared, lengths are bounded by the decoder.
 """
 
 from __future__ import annotations
@@ -104,7 +104,6 @@ class Incoming:
         self.link = link
         self.files: list[FileRef] = []
         self._fds: dict[int, int] = {}
-        self._allowed: set[str] = set()
         self.shadow: Shadow | None = None
         self.network = DestinationNetwork()
         self.context = Rebuilding()
@@ -155,7 +154,6 @@ class Incoming:
         self.files = list(offer.files)
         self._offer = offer
         wanted = [*offer.files, *offer.opened]
-        self._allowed = {f.path for f in wanted}
         compared = [file_resource.compare(f, offer.copy_files) for f in offer.files]
         compared += [file_resource.compare_opened(f, offer.copy_files) for f in offer.opened]
         blockers += [b for b in compared if b is not None]

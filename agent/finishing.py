@@ -158,7 +158,7 @@ def _thread(shadow: Shadow, thread: ThreadState, state: ProcessState, own_pid: i
     wanted = state.credentials
     identity.restore_credentials(batch, wanted, now)
     if thread.tid == own_pid:
-        batch.call("dumpable", NR_prctl, identity.PR_SET_DUMPABLE, min(state.dumpable, 1))
+        batch.call("dumpable", NR_prctl, identity.PR_SET_DUMPABLE, int(state.dumpable == 1))
     threads.restore_rseq(batch, thread)
     shadow.run(tid, batch)
     if waits.interrupted(thread.registers):

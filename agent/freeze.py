@@ -171,15 +171,18 @@ class FrozenProcess:
         self.committed = True
 
     def bury(self) -> None:
-        """Kill the source copy: its sockets are under repair, so nothing is sent."""
+        """Kill the source copy: its sockets are under repair, so nothing is sent. Idempotent."""
+        if not self.tids:
+            return
         os.kill(self.pid, signal.SIGKILL)
         for tid in [*(t for t in self.tids if t != self.pid), self.pid]:
             _reap(tid)
+        self.tids.clear()
         self._process.forget_duplicates()
 
     def leave_in_doubt(self) -> None:
         """Nobody knows whether the other copy lives: this one stays stopped until a person decides."""
-        self._network.unlock()
+        self._network.unlock(give_back=False)
         os.kill(self.pid, signal.SIGSTOP)
         for tid in self.tids:
             ptrace.set_options(tid, 0)

@@ -108,16 +108,19 @@ class SourceNetwork:
                 return True
         return False
 
-    def unlock(self) -> None:
-        """Roll back: every socket as it was, and what arrived meanwhile arrives now."""
+    def unlock(self, give_back: bool = True) -> None:
+        """Roll back: every socket as it was, and what arrived meanwhile arrives now.
+
+        Without `give_back` a withdrawn address stays withdrawn: another host may have it.
+        """
         for fd in self._locked:
             tcp.release(fd)
         self._locked = []
-        if self._withdrawn:
+        if self._withdrawn and give_back:
             for address in self.addresses:
                 service_address.restore(address)
             self._withdrawn = False
-        if self._capture is not None:
+        if self._capture is not None and give_back:
             self._capture.stop()
             with contextlib.suppress(OSError, ValueError):  # their senders repeat them
                 replay(self._capture.drain(), [a.address for a in self.addresses])

@@ -197,7 +197,7 @@ class Rounds:
             if blockers:
                 raise RuntimeError(f"{blockers[0].what} appeared: {blockers[0].why}")
             self._known = {line.start: line for line in lines}
-        self._set_layout(lines)
+            self._set_layout(lines)
 
     def _set_layout(self, lines: list[MapsLine]) -> None:
         self.layout = layouts.merge(mappings.layout(lines, self.files, self._known, self.scratch))
@@ -256,9 +256,7 @@ class Rounds:
 
     def last(self) -> Pending:
         """What is left to send of a frozen process: the last scan, together with what a round still owed."""
-        lines = procfs.maps(self.pid)
-        if lines != self._lines:
-            self._set_layout(lines)
+        self._look_at_mappings()
         found = self.tracker.scan(self._file_ranges(), self._excluded, protect=False)
         self.guards = found.guards
         result = Pending(found.written, PageSet(found.present), time.monotonic() - self._scanned_at)

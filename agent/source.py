@@ -40,7 +40,7 @@ from agent.api import (
 from agent.clocks import measure_delta
 from agent.descriptors import SourceProcess
 from agent.freeze import FrozenProcess
-from agent.kernel import procfs, userfaultfd
+from agent.kernel import pagemap, procfs, userfaultfd
 from agent.network import SourceNetwork
 from agent.precopy import Convergence, Decision, Measured
 from agent.protocol import Link, PeerFailed
@@ -53,6 +53,14 @@ from transport.frames import LinkClosed, ProtocolError
 Emit = Callable[[Event], None]
 
 FIXED_COST_MS = 15.0  # of a freeze before this migration has measured anything
+
+
+_KERNEL_TOO_OLD = ApiBlocker(
+    kind="kernel-too-old",
+    what="this host's kernel",
+    why="it has no PAGEMAP_SCAN, by which changed pages are found",
+    hint="run Linux 6.7 or newer",
+)
 
 
 class Refused(Exception):
@@ -194,6 +202,8 @@ class Migration:
                 hint="see `migrate ps`",
             )
             raise Refused([blocker]) from None
+        if not pagemap.available():
+            raise Refused([_KERNEL_TOO_OLD])
         found = inventory.examine(self.process)
         self.network.plan(found, self.process, self.options.addresses)
         # a duplicate that stays would keep a connection open that the program closes
@@ -377,31 +387,40 @@ class Migration:
     def _commit(self) -> None:
         assert self.frozen is not None and self.rounds is not None
         frozen = self.frozen
+        self._state("committing")
         frozen.commit()
         self.link.send(protocol.Commit())
         self.network.withdraw()
         self.link.send(protocol.Packets(self.network.captured(), last=False))
         live = self.link.expect(protocol.Live, time.monotonic() + 30)
         frozen.phases.mark("commit")
-        pause = frozen.pause_ms()
-        self.link.send(protocol.Packets(self.network.captured(), last=False))
-        self._state("committed")
-        self._state("live", f"{self.report.destination.host}:{self.report.destination.pid}")
-        frozen.bury()
-        self.rounds.close()
-        self.link.set_timeout(30)
-        self.link.send(protocol.Packets(self.network.captured(), last=True))
-        self.network.close()
-        done = self.link.expect(protocol.Done, time.monotonic() + 30)
-        gc.enable()
         self.report = msgspec.structs.replace(
             self.report,
-            pause_ms=round(pause, 3),
+            pause_ms=round(frozen.pause_ms(), 3),
             phases=(*frozen.phases.taken(), *self._ready_phases, *live.phases),
             address_moved=live.address_moved,
-            notices=(*self.report.notices, *done.notices),
         )
+        self._state("committed")
+        self._state("live", f"{self.report.destination.host}:{self.report.destination.pid}")
+        notices = self._afterwards(frozen)
+        self.report = msgspec.structs.replace(self.report, notices=(*self.report.notices, *notices))
         self._finish(Outcome.MIGRATED)
+
+    def _afterwards(self, frozen: FrozenProcess) -> tuple[Notice, ...]:
+        """It lives over there: late packets, the old copy, the destination's last word. Nothing here can undo that."""
+        assert self.rounds is not None
+        gc.enable()
+        try:
+            self.link.set_timeout(30)
+            self.link.send(protocol.Packets(self.network.captured(), last=False))
+            frozen.bury()
+            self.rounds.close()
+            self.link.send(protocol.Packets(self.network.captured(), last=True))
+            self.network.close()
+            return self.link.expect(protocol.Done, time.monotonic() + 30).notices
+        except (LinkClosed, ProtocolError, PeerFailed, TimeoutError) as error:
+            frozen.bury()
+            return (Notice(kind="link", message=f"after the process was live: {_message(error)}"),)
 
 
 class _Pacer:

@@ -166,7 +166,7 @@ class Tracee:
     # --- one call ---
 
     def single_syscall(self, tid: int, at: int, what: str, number: int, *arguments: int) -> int:
-        """Make a stopped task execute one syscall at instruction `at`, from its entry to the stop after; registers are kept."""
+        """Make a stopped task execute one syscall at the instruction `at`; its registers are kept."""
         saved = ptrace.get_registers(tid)
         mask = ptrace.get_sigmask(tid)
         try:

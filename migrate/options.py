@@ -131,7 +131,7 @@ _MOVE: Final = (
         type=click.IntRange(-50, 19),
         default=DEFAULTS.compression_level,
         show_default=True,
-        help="1 is the fastest.",
+        help="Negative levels are faster, higher ones pack better.",
     ),
     click.option(
         "--address",

@@ -47,6 +47,18 @@ class PmScanArg(ctypes.Structure):
     )
 
 
+def available() -> bool:
+    """Whether this kernel has PAGEMAP_SCAN."""
+    own = Pagemap(os.getpid())
+    try:
+        list(own.scan(0, 4096, any_of=PAGE_IS_PRESENT, returned=PAGE_IS_PRESENT))
+    except OSError:
+        return False
+    finally:
+        own.close()
+    return True
+
+
 class Pagemap:
     """An open /proc/PID/pagemap. Scanning does not stop the process."""
 

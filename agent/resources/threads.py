@@ -109,4 +109,4 @@ def restore_scheduling(tid: int, scheduling: Scheduling) -> str | None:
     if not wanted & ours:
         return f"task {tid}: none of its CPUs {sorted(wanted)} exists here; it may use all"
     os.sched_setaffinity(tid, wanted & ours)
-    return None
+    return f"task {tid}: of its CPUs {sorted(wanted)} only {sorted(wanted & ours)} exist here"

@@ -51,7 +51,11 @@ def _spin() -> str:
         lines.append(f"mov ${0x0101010101010101 * (number + 1)}, %%{name}")
     lines.append("1: dec %%rcx; jnz 1b")
     for number, name in enumerate(_GENERAL):
-        lines += [f"mov ${0x0101010101010101 * (number + 1)}, %%rax", f"xor %%{name}, %%rax", "or %%rax, %%rdx"]
+        lines += [
+            f"mov ${0x0101010101010101 * (number + 1)}, %%rax",
+            f"xor %%{name}, %%rax",
+            "or %%rax, %%rdx",
+        ]
     for number in range(16):
         lines += [f"movq %%xmm{number}, %%rbx", f"mov ${0x1234567890 * (number + 1)}, %%rax"]
         lines += ["xor %%rbx, %%rax", "or %%rax, %%rdx"]
@@ -126,7 +130,10 @@ def compiled(source: str, *options: str) -> Path:
     """The program of a C source, compiled once."""
     name = Path(_directory.name) / f"program-{abs(hash((source, options))):x}"
     subprocess.run(
-        ["gcc", "-O1", "-x", "c", "-", "-o", name, *options], input=source.encode(), check=True, capture_output=True
+        ["gcc", "-O1", "-x", "c", "-", "-o", name, *options],
+        input=source.encode(),
+        check=True,
+        capture_output=True,
     )
     return name
 
@@ -166,7 +173,9 @@ class Puppet:
     """A process that makes the system calls it is told to."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([compiled(PUPPET)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self._process = subprocess.Popen(
+            [compiled(PUPPET)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
         self.pid = self._process.pid
         self.call(39)  # it is there when it answers
 
@@ -228,7 +237,9 @@ class Spinner:
     def progress(self, rounds: int = 2) -> int:
         """It goes round some more times; how many signals it caught so far."""
         start = len(self.lines())
-        wait_for(lambda: len(self.lines()) >= start + rounds or ended(self.pid), f"process {self.pid} to go on")
+        wait_for(
+            lambda: len(self.lines()) >= start + rounds or ended(self.pid), f"process {self.pid} to go on"
+        )
         found = self.lines()
         assert found and found[-1].isdigit() and not ended(self.pid), f"it complains: {found[-1:]}"
         return int(found[-1])

@@ -28,7 +28,20 @@ Probe = Callable[[str, dict[str, str]], dict[str, int]]
 # Constants with these beginnings are the kernel's, under the kernel's names.
 PREFIXES = (
     *("PTRACE_", "PR_", "CLONE_NEW", "CLONE_VM", "CLONE_FS", "CLONE_FILES", "CLONE_SIGHAND", "CLONE_THREAD"),
-    *("CLONE_SYSVSEM", "CLONE_CHILD", "MS_", "MAP_", "MADV_", "UFFD_FEATURE", "UFFD_USER", "UFFDIO_", "PAGE_IS_", "PM_SCAN_", "TFD_", "SIGEV_"),
+    *(
+        "CLONE_SYSVSEM",
+        "CLONE_CHILD",
+        "MS_",
+        "MAP_",
+        "MADV_",
+        "UFFD_FEATURE",
+        "UFFD_USER",
+        "UFFDIO_",
+        "PAGE_IS_",
+        "PM_SCAN_",
+        "TFD_",
+        "SIGEV_",
+    ),
     *("EPOLL_CTL", "NT_", "KCMP_", "CLOSE_RANGE_"),
 )
 # Younger than headers may be; each is used on the running kernel by another test.
@@ -36,7 +49,12 @@ YOUNG = {
     *("PAGE_IS_WPALLOWED", "PAGE_IS_WRITTEN", "PAGE_IS_FILE", "PAGE_IS_PRESENT", "PAGE_IS_SWAPPED"),
     *("PAGE_IS_PFNZERO", "PAGE_IS_HUGE", "PAGE_IS_SOFT_DIRTY", "PAGE_IS_GUARD"),
     *("PM_SCAN_WP_MATCHING", "PM_SCAN_CHECK_WPASYNC"),
-    *("UFFD_FEATURE_WP_UNPOPULATED", "UFFD_FEATURE_WP_ASYNC", "MADV_GUARD_INSTALL", "PR_TIMER_CREATE_RESTORE_IDS"),
+    *(
+        "UFFD_FEATURE_WP_UNPOPULATED",
+        "UFFD_FEATURE_WP_ASYNC",
+        "MADV_GUARD_INSTALL",
+        "PR_TIMER_CREATE_RESTORE_IDS",
+    ),
 }
 # These are no macros, so a header is not asked whether it has them.
 ENUMS = ("KCMP_",)
@@ -78,7 +96,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> Probe:
 
     def ask(headers: str, expressions: dict[str, str]) -> dict[str, int]:
         lines = [
-            f'#ifdef {e}\n{shown}\n#endif' if e.isidentifier() and not e.startswith(ENUMS) else shown
+            f"#ifdef {e}\n{shown}\n#endif" if e.isidentifier() and not e.startswith(ENUMS) else shown
             for n, e in expressions.items()
             for shown in [f'printf("{n} %lld\\n", (long long)({e}));']
         ]
@@ -148,7 +166,10 @@ def test_other_numbers(probe: Probe) -> None:
     assert kernel["capability"] == identity._CAPABILITY_VERSION_3
     assert kernel["cap_resource"] == 24  # identity.limit_notices
     assert (kernel["magic1"], kernel["magic2"]) == (arch._FP_XSTATE_MAGIC1, arch._FP_XSTATE_MAGIC2)
-    assert kernel["uc_flags"] == struct.unpack_from("<Q", arch.sigreturn_frame(0, Registers(), bytes(576), 0), 8)[0]
+    assert (
+        kernel["uc_flags"]
+        == struct.unpack_from("<Q", arch.sigreturn_frame(0, Registers(), bytes(576), 0), 8)[0]
+    )
     assert kernel["dupfd"] == 1030  # Shadow.place
     assert kernel["onfault"] == 1  # Shadow._advise
 
@@ -179,7 +200,28 @@ def test_ioctls(probe: Probe) -> None:
 
 
 # the order of sigreturn_frame's registers, and where each is in struct sigcontext
-GREGS = ["r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx", "rax", "rcx", "rsp", "rip", "eflags", "cs", "ss"]
+GREGS = [
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+    "rdi",
+    "rsi",
+    "rbp",
+    "rbx",
+    "rdx",
+    "rax",
+    "rcx",
+    "rsp",
+    "rip",
+    "eflags",
+    "cs",
+    "ss",
+]
 
 
 def test_signal_frame(probe: Probe) -> None:
@@ -224,7 +266,9 @@ def offsets(structure: str, *fields: str) -> dict[str, str]:
 
 
 def test_clone_args(probe: Probe) -> None:
-    kernel = probe(HEADERS, offsets("struct clone_args", "flags", "child_tid", "exit_signal", "set_tid", "set_tid_size"))
+    kernel = probe(
+        HEADERS, offsets("struct clone_args", "flags", "child_tid", "exit_signal", "set_tid", "set_tid_size")
+    )
     packed = clone.clone_args(1, 2, child_tid=3, exit_signal=4)
     assert len(packed) == clone.CLONE_ARGS_SIZE == kernel["size"]
     values = {"flags": 1, "set_tid": 2, "child_tid": 3, "exit_signal": 4, "set_tid_size": 1}

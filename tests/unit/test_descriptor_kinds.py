@@ -143,7 +143,10 @@ def test_signalfd(make: Make) -> None:
 
     def setup() -> list[int]:
         words = ctypes.c_uint64(mask)
-        return [check(libc.syscall(289, -1, ctypes.byref(words), 8, flags), "signalfd") for flags in (0, os.O_NONBLOCK)]
+        return [
+            check(libc.syscall(289, -1, ctypes.byref(words), 8, flags), "signalfd")
+            for flags in (0, os.O_NONBLOCK)
+        ]
 
     case = make(setup)
     assert [kinds.kind_of(f) for f in case.files()] == [signalfd, signalfd]
@@ -267,7 +270,10 @@ def test_capacity_and_flags(make: Make, capacity: int) -> None:
     ours = case.rebuild(case.capture(0), case.capture(1))
     for index, fd in enumerate(ours):
         assert fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) == capacity
-        assert status_flags(fd) & (os.O_ACCMODE | os.O_NONBLOCK) == (os.O_RDONLY, os.O_WRONLY)[index] | os.O_NONBLOCK
+        assert (
+            status_flags(fd) & (os.O_ACCMODE | os.O_NONBLOCK)
+            == (os.O_RDONLY, os.O_WRONLY)[index] | os.O_NONBLOCK
+        )
         before, after = case.state(index), captured_here(fd)
         assert (after.capacity, after.flags, after.content) == (before.capacity, before.flags, before.content)
 
@@ -350,7 +356,14 @@ def test_pipes_of_others_and_packet_pipes_are_refused(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK, os.O_RDONLY | os.O_NOATIME]
+    "flags",
+    [
+        os.O_RDONLY,
+        os.O_WRONLY,
+        os.O_RDWR,
+        os.O_RDWR | os.O_APPEND | os.O_NONBLOCK,
+        os.O_RDONLY | os.O_NOATIME,
+    ],
 )
 def test_regular_files(make: Make, tmp_path: Path, flags: int) -> None:
     path = tmp_path / "file"

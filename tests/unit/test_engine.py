@@ -18,14 +18,24 @@ from pathlib import Path
 import pytest
 from unit.children import compiled, ended, gone, wait_for
 
-from agent import destination, protocol, source
-from agent.api import Checked, CheckResult, Event, Finished, MoveOptions, Outcome, Report, Request, StateChanged
+from agent import destination, finishing, protocol, source
+from agent.api import (
+    Checked,
+    CheckResult,
+    Event,
+    Finished,
+    MoveOptions,
+    Outcome,
+    Report,
+    Request,
+    StateChanged,
+)
 from agent.kernel import procfs
 
 PAGE = 4096
 MIB = 1 << 20
 
-# Says a number each round, while a buffer keeps its content and slowly changes; ends when the file it is told about appears.
+# Says a number each round, while a buffer is checked and slowly changes; ends when the file it is told about appears.
 TICKER = r"""
 #include <stdio.h>
 #include <stdlib.h>
@@ -88,7 +98,9 @@ class Ticker:
         wait_for(lambda: len(self.lines()) > start + 3, "the program to go on")
         found = self.lines()
         assert not [line for line in found if "wrong" in line]
-        assert [int(line.split()[0]) for line in found] == list(range(len(found)))  # no step lost or done twice
+        assert [int(line.split()[0]) for line in found] == list(
+            range(len(found))
+        )  # no step lost or done twice
 
     @property
     def buffer(self) -> int:
@@ -316,7 +328,7 @@ def dies_after_sending(kind: type[protocol.Message]) -> Callable[[], None]:
             if isinstance(message, kind):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        protocol.Link.send = deadly  # type: ignore[method-assign]
+        setattr(protocol.Link, "send", deadly)  # noqa: B010 (mypy)
 
     return prepare
 
@@ -346,7 +358,7 @@ def test_the_destination_fails_in_the_freeze(ticker: Ticker) -> None:
         def fail(*_: object) -> None:
             raise ValueError("something is wrong here")
 
-        destination.finishing.rebuild = fail  # type: ignore[assignment]
+        setattr(finishing, "rebuild", fail)  # noqa: B010
 
     move = Move(ticker, MoveOptions(), prepare=prepare)
     assert "something is wrong here" in move.rolled_back("valueerror", "destination")
@@ -355,7 +367,7 @@ def test_the_destination_fails_in_the_freeze(ticker: Ticker) -> None:
 
 def test_the_destination_does_not_answer_in_the_freeze(ticker: Ticker) -> None:
     def prepare() -> None:
-        destination.finishing.rebuild = lambda *_: select.select([], [], [], 600)  # type: ignore[assignment]
+        setattr(finishing, "rebuild", lambda *_: select.select([], [], [], 600))  # noqa: B010
 
     def kill(move: Move, state: str) -> None:
         if state == "rolled-back":

@@ -31,7 +31,9 @@ def reader(data: bytes) -> Callable[[int], bytes]:
     return read
 
 
-def header(kind: int = 0, length: int = 0, raw: int = 0, magic: int = frames.MAGIC, reserved: int = 0) -> bytes:
+def header(
+    kind: int = 0, length: int = 0, raw: int = 0, magic: int = frames.MAGIC, reserved: int = 0
+) -> bytes:
     return frames.HEADER.pack(magic, kind, reserved, length, 0, raw)
 
 

@@ -18,7 +18,16 @@ from agent.layout import Advise, Flag, Map, Mapping, Protect, Unmap, difference,
 PAGE = 4096
 BASE = 0x7F00_0000_0000
 PAGES = 16
-FLAGS = (0, Flag.LOCKED, Flag.HUGEPAGE, Flag.NOHUGEPAGE, Flag.GROWSDOWN, Flag.NORESERVE, Flag.SHARED, Flag.SHARED | Flag.DONTFORK)
+FLAGS = (
+    0,
+    Flag.LOCKED,
+    Flag.HUGEPAGE,
+    Flag.NOHUGEPAGE,
+    Flag.GROWSDOWN,
+    Flag.NORESERVE,
+    Flag.SHARED,
+    Flag.SHARED | Flag.DONTFORK,
+)
 
 Page = tuple[int, int, int, int]  # protection, flags, file, offset in the file
 
@@ -149,7 +158,10 @@ def test_merge_keeps_apart_what_does_not_continue() -> None:
 
 
 @given(
-    st.lists(layouts(), max_size=3), st.integers(1, PAGES + 2), st.integers(0, PAGES), st.integers(0, PAGES + 4)
+    st.lists(layouts(), max_size=3),
+    st.integers(1, PAGES + 2),
+    st.integers(0, PAGES),
+    st.integers(0, PAGES + 4),
 )
 def test_find_gap_is_the_lowest_that_is_free_in_all(
     all_: list[list[Mapping]], size: int, low: int, high: int

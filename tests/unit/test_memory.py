@@ -63,7 +63,9 @@ def test_more_ranges_than_one_call_takes(space: Space) -> None:
     ranges = [(space.base + 7 * n, space.base + 7 * n + 2) for n in range(2 * IOV_MAX + 5)]
     assert space.memory.read_into(space.address, ranges) == 2 * len(ranges)
     whole = content(*range(PAGES))
-    assert space.buffer.raw[: 2 * len(ranges)] == b"".join(whole[7 * n : 7 * n + 2] for n in range(len(ranges)))
+    assert space.buffer.raw[: 2 * len(ranges)] == b"".join(
+        whole[7 * n : 7 * n + 2] for n in range(len(ranges))
+    )
 
 
 @pytest.mark.parametrize("hole", [0, 3, 7])
@@ -71,7 +73,11 @@ def test_a_hole_is_told_where_it_is(space: Space, hole: int) -> None:
     space.puppet.call(arch.NR_munmap, space.page(hole), PAGE)
     with pytest.raises(MemoryFault) as failed:
         space.memory.read_into(space.address, [space.range(0, 2), space.range(2, 8)])
-    assert (failed.value.errno, failed.value.done, failed.value.address) == (errno.EFAULT, hole * PAGE, space.page(hole))
+    assert (failed.value.errno, failed.value.done, failed.value.address) == (
+        errno.EFAULT,
+        hole * PAGE,
+        space.page(hole),
+    )
     assert f"{space.page(hole):#x}" in str(failed.value)
     assert space.buffer.raw[: hole * PAGE] == content(*range(hole))
 

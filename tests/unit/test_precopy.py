@@ -13,7 +13,9 @@ LIMIT = 50.0
 SHORT = int((LIMIT - FIXED) / 1000 * RATE / PAGE)  # pages that just fit into the limit
 
 
-def simulate(memory_pages: int, dirty_per_second: float, limit: float = LIMIT, most: int = 30) -> list[Decision]:
+def simulate(
+    memory_pages: int, dirty_per_second: float, limit: float = LIMIT, most: int = 30
+) -> list[Decision]:
     """Rounds of a process that writes at a constant rate to all its memory."""
     policy = Convergence(limit, most, FIXED)
     decisions: list[Decision] = []
@@ -91,7 +93,10 @@ def test_every_decision_has_its_reason(dirty: list[int], most: int) -> None:
             assert count >= most or now <= SMALL or not gained, "frozen before a gain was exhausted"
         elif decision is Decision.FREEZE_STUCK:
             assert not short
-            recent, before = dirty[max(0, count - STUCK_ROUNDS) : count], dirty[: max(0, count - STUCK_ROUNDS)]
+            recent, before = (
+                dirty[max(0, count - STUCK_ROUNDS) : count],
+                dirty[: max(0, count - STUCK_ROUNDS)],
+            )
             assert count >= most or (before and min(recent) > GAIN * min(before))
         else:
             assert count < most

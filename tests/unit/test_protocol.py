@@ -1,4 +1,4 @@
-"""Link over a socketpair: whole, byte by byte, truncated, with trailing bytes, damaged. Only its two errors ever come out."""
+"""Link over a socketpair: whole, byte by byte, truncated, trailing, damaged. Only its two errors ever come out."""
 
 from __future__ import annotations
 
@@ -263,9 +263,13 @@ def test_anything(data: bytes) -> None:
 
 
 TAGS = [str(m.__struct_config__.tag) for m in MESSAGES]
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-(1 << 63), (1 << 64) - 1), st.floats(), st.text(), st.binary())
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(1 << 63), (1 << 64) - 1), st.floats(), st.text(), st.binary()
+)
 TREES = st.recursive(
-    SCALARS, lambda t: st.lists(t, max_size=4) | st.dictionaries(st.text(max_size=8), t, max_size=4), max_leaves=10
+    SCALARS,
+    lambda t: st.lists(t, max_size=4) | st.dictionaries(st.text(max_size=8), t, max_size=4),
+    max_leaves=10,
 )
 FIELDS = st.sampled_from(sorted({f for m in typing.get_args(Message) for f in m.__struct_fields__}))
 
@@ -307,7 +311,9 @@ def test_an_oversize_frame_is_refused_by_its_header(ends: Ends) -> None:
 
 
 def test_expect(ends: Ends) -> None:
-    ends.raw.sendall(encoded(protocol.Commit()) + encoded(protocol.Ping()) + encoded(protocol.Failed("why", "because")))
+    ends.raw.sendall(
+        encoded(protocol.Commit()) + encoded(protocol.Ping()) + encoded(protocol.Failed("why", "because"))
+    )
     assert ends.link.expect(protocol.Commit) == protocol.Commit()
     with pytest.raises(ProtocolError, match="Ping where Commit was due"):
         ends.link.expect(protocol.Commit)

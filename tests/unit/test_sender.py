@@ -133,7 +133,9 @@ def test_a_hole_costs_its_own_pages_only(memory: Memory) -> None:
         assert link.pages.keys() == {
             memory.base + n * PAGE for n in range(PAGES) if memory.base + n * PAGE not in gone
         }
-        assert all(content == bytes([(a - memory.base) // PAGE + 1]) * PAGE for a, content in link.pages.items())
+        assert all(
+            content == bytes([(a - memory.base) // PAGE + 1]) * PAGE for a, content in link.pages.items()
+        )
         pages, _ = sender(memory)
         with pytest.raises(Vanished, match=f"{hole[0][0]:#x}"):
             pages.send([memory.range(0, PAGES)], [], True, nothing)

@@ -1,4 +1,4 @@
-"""A process made to measure: its number, clocks, session, mappings, descriptors, threads; and nothing left when it is destroyed."""
+"""A process made to measure: number, clocks, session, mappings, descriptors, threads; and no trace when destroyed."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_clocks(deltas: tuple[int, int]) -> None:
 
 
 def test_a_clock_that_would_be_below_zero_is_said() -> None:
-    with pytest.raises(SpawnFailed, match="timens_offsets|Numerical result|Errno"), shadow(deltas=(-(1 << 61), 0)):
+    with pytest.raises(SpawnFailed, match="Numerical result out of range"), shadow(deltas=(-(1 << 61), 0)):
         pass
 
 
@@ -165,10 +165,14 @@ def test_it_dies_with_its_tracer() -> None:
 
 # --- descriptors ---
 
-FDS = st.one_of(st.integers(0, 12), st.sampled_from((CHANNEL - 1, CHANNEL, CHANNEL + 1)), st.integers(880, 1100))
+FDS = st.one_of(
+    st.integers(0, 12), st.sampled_from((CHANNEL - 1, CHANNEL, CHANNEL + 1)), st.integers(880, 1100)
+)
 GROUPS = st.lists(FDS, unique=True, min_size=1, max_size=12).flatmap(
     lambda numbers: st.lists(st.integers(0, 5), min_size=len(numbers), max_size=len(numbers)).map(
-        lambda owners: [[n for n, o in zip(numbers, owners, strict=True) if o == owner] for owner in sorted(set(owners))]
+        lambda owners: [
+            [n for n, o in zip(numbers, owners, strict=True) if o == owner] for owner in sorted(set(owners))
+        ]
     )
 )
 
@@ -316,7 +320,9 @@ def test_the_scratch_makes_room() -> None:
         target.follow(wanted, no_files)
         assert not home <= target.scratch < home + 8 * PAGE
         assert call(target, NR_GETPID) == target.pid
-        lines = [m for m in procfs.maps(target.pid) if m.start < home + SCRATCH_SIZE and m.end > home - 4 * PAGE]
+        lines = [
+            m for m in procfs.maps(target.pid) if m.start < home + SCRATCH_SIZE and m.end > home - 4 * PAGE
+        ]
         assert [(m.start, m.end) for m in lines] == [(wanted[0].start, wanted[0].end)]
 
 

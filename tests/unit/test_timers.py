@@ -28,7 +28,9 @@ def unpack(setting: bytes, unit: int) -> tuple[int, int]:
 
 
 @given(TIMES, TIMES, TIMES, UNITS)
-def test_an_armed_timer_runs_out_when_it_would_have(interval: int, value: int, elapsed: int, unit: int) -> None:
+def test_an_armed_timer_runs_out_when_it_would_have(
+    interval: int, value: int, elapsed: int, unit: int
+) -> None:
     interval, value = interval // unit * unit, max(unit, value // unit * unit)
     found_interval, found = unpack(_later(pack(interval, value, unit), elapsed, unit), unit)
     assert found_interval == interval
@@ -41,9 +43,13 @@ def test_an_armed_timer_runs_out_when_it_would_have(interval: int, value: int, e
 
 
 @given(TIMES, TIMES, UNITS)
-def test_one_that_ran_out_and_waits_for_its_signal_starts_its_interval(interval: int, elapsed: int, unit: int) -> None:
+def test_one_that_ran_out_and_waits_for_its_signal_starts_its_interval(
+    interval: int, elapsed: int, unit: int
+) -> None:
     interval = max(unit, interval // unit * unit)
-    assert _later(pack(interval, 0, unit), elapsed, unit) == _later(pack(interval, interval, unit), elapsed, unit)
+    assert _later(pack(interval, 0, unit), elapsed, unit) == _later(
+        pack(interval, interval, unit), elapsed, unit
+    )
 
 
 def simulate(remaining: int, interval: int, elapsed: int) -> tuple[int, int]:
@@ -65,7 +71,9 @@ def test_timerfd(remaining: int, interval: int, elapsed: int) -> None:
 
 
 @given(TIMES, TIMES, TIMES, TIMES)
-def test_timerfd_in_two_steps_is_the_same_as_in_one(remaining: int, interval: int, first: int, second: int) -> None:
+def test_timerfd_in_two_steps_is_the_same_as_in_one(
+    remaining: int, interval: int, first: int, second: int
+) -> None:
     state = timerfd.State(1, 0, 0, 0, remaining, interval)
     middle, early = timerfd.after(state, first)
     end, late = timerfd.after(middle, second)

@@ -54,7 +54,7 @@ class Watched:
         return found
 
     def follow(self, low: int, high: int, protect: bool = True) -> Scan:
-        """A round of the destination for a piece of the address space: it forgets what is gone and gets what was written."""
+        """A round of the destination for [low, high): it forgets what is gone and gets what was written."""
         found = self.scan(protect)
         present = pages(found.present, low, high)
         self.held = {page: data for page, data in self.held.items() if page in present}

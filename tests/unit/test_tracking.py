@@ -19,9 +19,7 @@ def numbers(ranges: Sequence[Range]) -> set[int]:
 
 def ordered(ranges: Sequence[Range]) -> bool:
     """In order, not empty, without overlap."""
-    return all(s < e for s, e in ranges) and all(
-        a[1] <= b[0] for a, b in itertools.pairwise(ranges)
-    )
+    return all(s < e for s, e in ranges) and all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
 
 
 @st.composite

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -57,7 +58,7 @@ def test_the_number_before_the_instruction_tells_the_call(number: int) -> None:
     assert identified(code(number)) == number
     assert identified(code(arch.NR_mmap, number)) == number
     assert identified(code(arch.NR_futex, number)) == number
-    assert identified(code(number) [:-3] + struct.pack("<I", number)[1:]) == number
+    assert identified(code(number)[:-3] + struct.pack("<I", number)[1:]) == number
 
 
 def test_a_call_that_cannot_be_told_is_said() -> None:
@@ -76,14 +77,20 @@ def test_other_calls_are_left_alone() -> None:
 REQUESTED = 10 * SECOND
 
 
-def remaining(registers: Registers, slept: float, switches: int = 1, **memory: bytes) -> int | None:
+def remaining(registers: Registers, slept: float, **memory: bytes) -> int | None:
     """`slept` seconds after the thread went to sleep and was then stopped."""
+    return remaining_after(registers, slept, 1, memory)
+
+
+def remaining_after(
+    registers: Registers, slept: float, switches: int, memory: Mapping[str, bytes]
+) -> int | None:
     before, after = Asleep(1000.0, 5), Asleep(1000.0 + slept * 1000, 5 + switches)
     now = Asleep(1000.0 + slept * 1000, 0)
     return waits.remaining_ns(registers, Memory(**memory), before, after, now)  # type: ignore[arg-type]
 
 
-CALLS = {
+CALLS: dict[str, tuple[Registers, dict[str, bytes]]] = {
     "poll": (interrupted(arch.NR_poll, rdx=10_000), {}),
     "nanosleep": (interrupted(arch.NR_nanosleep, rdi=100), {"_100": timespec(REQUESTED)}),
     "clock_nanosleep": (interrupted(arch.NR_clock_nanosleep, rdx=100), {"_100": timespec(REQUESTED)}),
@@ -105,7 +112,7 @@ def test_the_rest_of_a_wait_never_ends_early(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_where_the_beginning_is_not_known_it_is_the_whole_time(name: str) -> None:
     registers, memory = CALLS[name]
-    assert remaining(registers, 5.0, switches=2, **memory) == REQUESTED  # woken in between
+    assert remaining_after(registers, 5.0, 2, memory) == REQUESTED  # woken in between
     space = Memory(**memory)
     some = Asleep(1.0, 1)
     for known in ((None, some, some), (some, None, some), (some, some, None)):

@@ -339,6 +339,25 @@ def test_a_fifo(make: Make, tmp_path: Path) -> None:
     assert os.read(ours, 100) == b"in the fifo"
 
 
+def test_what_is_in_a_pipe_is_there_once(make: Make, tmp_path: Path) -> None:
+    """However many descriptions can read it."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+
+    def setup() -> list[int]:
+        both = os.open(path, os.O_RDWR)
+        os.write(both, b"once")
+        return [both, os.open(path, os.O_RDONLY), os.open(path, os.O_WRONLY)]
+
+    case = make(setup)
+    assert [case.state(n).content for n in range(3)] == [b"once", b"once", b""]
+    captured = [case.capture(n) for n in range(3)]
+    path.unlink()  # or it would be the very same pipe
+    ours = case.rebuild(*captured)
+    assert os.read(ours[1], 100) == b"once"
+    assert not select.select([ours[0], ours[1]], [], [], 0)[0]
+
+
 def test_pipes_of_others_and_packet_pipes_are_refused(make: Make) -> None:
     case = make(piped(b"", flags=os.O_DIRECT))
     found = kinds.blockers(case.files()[1], case.process)

@@ -31,11 +31,13 @@ from agent.api import (
     StateChanged,
 )
 from agent.kernel import procfs
+from agent.kernel.memory import RemoteMemory
 
 PAGE = 4096
 MIB = 1 << 20
 
-# Says a number each round, while a buffer is checked and slowly changes; ends when the file it is told about appears.
+# Says a number each round, while one buffer is checked and changes, and another is given back page by page. It ends
+# when the file that it is told about appears.
 TICKER = r"""
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,8 +50,10 @@ int main(int count, char **arguments)
 {
     long size = 8 << 20, words = size / sizeof(long);
     long *buffer = mmap(0, size, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *returned = mmap(0, size, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     struct timespec time = {0, 5000000}, now;
     long long before = 0;
+    memset(returned, 1, size);
     for (long n = 0; n < words; n++)
         buffer[n] = n * 0x9e3779b97f4a7c15;
     for (long round = 0; access(arguments[1], F_OK); round++) {
@@ -57,11 +61,12 @@ int main(int count, char **arguments)
         for (long n = 0; n < words; n += 511)
             if (buffer[n] != n * 0x9e3779b97f4a7c15)
                 dprintf(1, "wrong word %ld\n", n);
+        madvise(returned + round * 4096 % size, 4096, MADV_DONTNEED);
         clock_gettime(CLOCK_MONOTONIC, &now);
         if (now.tv_sec * 1000000000ll + now.tv_nsec < before)
             dprintf(1, "wrong time\n");
         before = now.tv_sec * 1000000000ll + now.tv_nsec;
-        dprintf(1, "%ld %lx %d\n", round, (long)buffer, getpid());
+        dprintf(1, "%ld %lx %lx\n", round, (long)buffer, (long)returned);
         nanosleep(&time, 0);
     }
     return 0;
@@ -105,6 +110,10 @@ class Ticker:
     @property
     def buffer(self) -> int:
         return int(self.lines()[-1].split()[1], 16)
+
+    @property
+    def returned(self) -> int:
+        return int(self.lines()[-1].split()[2], 16)
 
     def end(self) -> None:
         """Let it end by itself, and wait for that."""
@@ -222,7 +231,7 @@ def test_a_program_moves_and_goes_on(ticker: Ticker) -> None:
     assert report is not None and report.error is None
     assert report.outcome is Outcome.MIGRATED
     assert move.states == [
-        *("examining", "offering", "preparing", "pre-copy", "freezing", "committed", "live", "migrated")
+        *("examining", "offering", "preparing", "pre-copy", "freezing", "committing", "committed", "live", "migrated")
     ]
     ticker.process.wait(10)  # the original is dead
     assert ticker.process.returncode in (-signal.SIGKILL, 0)
@@ -239,6 +248,28 @@ def test_a_program_moves_and_goes_on(ticker: Ticker) -> None:
     assert report.bytes_sent >= sum(r.bytes for r in report.rounds) > 0
     os.kill(copy, signal.SIGTERM)
     wait_for(lambda: gone(copy), "the copy to die like any process")
+
+
+def test_pages_given_back_in_pre_copy_stay_gone(ticker: Ticker) -> None:
+    went_on: list[bool] = []
+
+    def wait(move: Move) -> bool:
+        if move.states[-1] == "pre-copy" and len(went_on) < 3:
+            went_on.append(True)
+            ticker.progress()
+        return False
+
+    report = Move(ticker, MoveOptions(verify=True), aborted=wait).report
+    assert report is not None and report.outcome is Outcome.MIGRATED, report
+    assert sum(r.pages_discarded for r in report.rounds) >= 3
+    # looked at from outside: a read by the program itself would make a page of it
+    count = len(ticker.lines()) - 1
+    memory = RemoteMemory(report.destination.pid or 0)
+    content = memory.read(ticker.returned, 8 * MIB)
+    memory.close()
+    assert content[: count * PAGE] == bytes(count * PAGE)
+    assert content[-PAGE:] == b"\1" * PAGE
+    ticker.progress()
 
 
 def test_left_stopped(ticker: Ticker) -> None:

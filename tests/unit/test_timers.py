@@ -62,12 +62,14 @@ def simulate(remaining: int, interval: int, elapsed: int) -> tuple[int, int]:
     return (remaining - elapsed if remaining else 0), count
 
 
-@given(st.integers(0, 1000), st.integers(0, 50), st.integers(0, 5000))
-def test_timerfd(remaining: int, interval: int, elapsed: int) -> None:
-    state = timerfd.State(1, 3, 0, 0, remaining, interval)
+@given(st.integers(0, 1000), st.integers(0, 50), st.integers(0, 5000), st.sampled_from((0, 3)))
+def test_timerfd(remaining: int, interval: int, elapsed: int, ticks: int) -> None:
+    state = timerfd.State(1, ticks, 0, 0, remaining, interval)
     found, expired = timerfd.after(state, elapsed)
-    assert (found.remaining_ns, expired) == simulate(remaining, interval, elapsed)
-    assert (found.clock, found.ticks, found.interval_ns) == (1, 3, interval)
+    # with ticks and nothing left it has just expired: a new interval begins
+    began = interval if ticks and not remaining else remaining
+    assert (found.remaining_ns, expired) == simulate(began, interval, elapsed)
+    assert (found.clock, found.ticks, found.interval_ns) == (1, ticks, interval)
 
 
 @given(TIMES, TIMES, TIMES, TIMES)

@@ -63,6 +63,10 @@ def capture_process(tracee: Tracee, frozen: Frozen, executable: int) -> ProcessS
     order = [pid, *frozen.tids[:leader], *frozen.tids[leader + 1 :]]
     process, first = _capture_leader(tracee, frozen, executable)
     process.threads = [first, *(_capture_thread(tracee, frozen, tid) for tid in order[1:])]
+    # after the timers were read: one that ran out meanwhile is disarmed, and only its signal is left
+    process.pending = signals.pending_of_process(pid)
+    for tid, thread in zip(order, process.threads, strict=True):
+        thread.pending = signals.pending_of_thread(tid)
     return process
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from agent import kinds, protocol
 from agent.api import Notice
 from agent.descriptors import Rebuilding
-from agent.kernel import procfs, ptrace
+from agent.kernel import ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
 from agent.phases import Phases
@@ -90,7 +90,7 @@ def _settings(
     batch.call(f"chdir {state.cwd}", NR_chdir, batch.put(os.fsencode(state.cwd) + b"\0"))
     batch.call("umask", arch.NR_umask, state.umask)
     batch.call("personality", arch.NR_personality, state.personality)
-    signals.restore_actions(batch, state.actions, int(procfs.status(shadow.pid)["SigIgn"], 16))
+    signals.restore_actions(batch, state.actions)
     if state.child_subreaper:
         batch.call("child subreaper", NR_prctl, identity.PR_SET_CHILD_SUBREAPER, 1)
     if state.thp_disable:

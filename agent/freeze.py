@@ -6,6 +6,7 @@ every one: from then on our death is theirs, never their resumption (docs/archit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,9 +16,10 @@ from agent import capture, inventory, kinds, protocol
 from agent.api import MoveOptions, Round
 from agent.descriptors import SourceProcess, open_files
 from agent.kernel import procfs, ptrace
+from agent.kernel.arch.x86_64 import Registers
 from agent.network import SourceNetwork
 from agent.phases import Phases
-from agent.resources import epoll, waits
+from agent.resources import epoll, signals, threads, waits
 from agent.resources.tcp_socket import recognise as is_tcp
 from agent.rounds import Pending, Rounds
 from agent.tracee import stop
@@ -149,20 +151,27 @@ class FrozenProcess:
 
     def thaw(self) -> None:
         """Everything back as it was, and on it goes. Safe in any state, also when the process is gone."""
-        self._network.unlock()
         try:
+            self._network.unlock()
+        finally:
             for tid in self.tids:
-                if self.facts is not None and tid in self.facts.registers:
-                    ptrace.set_registers(tid, self.facts.registers[tid])
-        except ProcessLookupError:
-            pass
-        for tid in self.tids:
-            try:
-                ptrace.detach(tid)
-            except ProcessLookupError:
-                continue
-        self.tids.clear()
-        self.facts = None
+                with contextlib.suppress(ProcessLookupError):
+                    self._resume(tid)
+            self.tids.clear()
+            self.facts = None
+
+    def _resume(self, tid: int) -> None:
+        try:
+            ptrace.set_registers(tid, self._registers(tid))
+        finally:
+            ptrace.detach(tid)
+
+    def _registers(self, tid: int) -> Registers:
+        """With which a thread goes on as if it had not been stopped, also if the freeze ended before it knew."""
+        if self.facts is not None and tid in self.facts.registers:
+            return self.facts.registers[tid]
+        pending = signals.pending_of_process(self.pid) + signals.pending_of_thread(tid)
+        return threads.settled_registers(tid, self._rounds.memory, signals.mask_of(pending))
 
     def commit(self) -> None:
         """The point of no return on this host."""

@@ -9,6 +9,7 @@ The channel is a unix socket whose other end stays open in the shadow: descripto
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -21,6 +22,7 @@ import msgspec
 
 from agent.kernel import clone, ptrace
 from agent.kernel.arch import x86_64 as arch
+from agent.kernel.errors import check, libc
 
 SHADOW_OPTIONS: Final = ptrace.PTRACE_O_EXITKILL | ptrace.PTRACE_O_TRACECLONE
 _TIMEOUT: Final = 20.0
@@ -136,7 +138,8 @@ def _child(wanted: Wanted, seed: bytes, theirs: socket.socket, channel_fd: int) 
 
 
 def _default_signals() -> None:
-    """Python's dispositions and mask must not be inherited by the seed (exec keeps ignored ones)."""
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        signal.signal(number, signal.SIG_DFL)
+    """What is ignored, and the mask, would go on into the seed. Raw calls: 32 and 33 are glibc's own (posix_spawn)."""
+    default = ctypes.create_string_buffer(32)
+    for number in set(range(1, 65)) - {signal.SIGKILL, signal.SIGSTOP}:
+        check(libc.syscall(arch.NR_rt_sigaction, number, default, None, 8), f"signal {number}")
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

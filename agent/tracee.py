@@ -266,11 +266,13 @@ class Tracee:
             _parked(start, flag=control, timeout=control + 16, frame=frame_at + 8),
         )
         ptrace.set_sigmask(tid, ALL_SIGNALS)
-        ptrace.cont(tid)
-        self._await_flag(tid, control)
-        ptrace.interrupt(tid)
-        wait_event_stop(tid, time.monotonic() + _PARK_SECONDS)
-        ptrace.set_sigmask(tid, mask)
+        try:
+            ptrace.cont(tid)
+            self._await_flag(tid, control)
+            ptrace.interrupt(tid)
+            wait_event_stop(tid, time.monotonic() + _PARK_SECONDS)
+        finally:
+            ptrace.set_sigmask(tid, mask)
 
     def _await_flag(self, tid: int, control: int) -> None:
         """Spin until the runner has been through its table: microseconds, so no sleep."""

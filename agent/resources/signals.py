@@ -28,11 +28,8 @@ def ask_actions(batch: Batch, pid: int) -> Callable[[Outcome], list[tuple[int, b
     return lambda answer: [(n, answer.read(p, ACTION_SIZE)) for n, p in zip(numbers, places, strict=True)]
 
 
-def restore_actions(batch: Batch, actions: list[tuple[int, bytes]], ignored_here: int) -> None:
-    """`ignored_here`: what the shadow inherited as ignored (a set); where the process has no action, the default."""
-    wanted = {number for number, _ in actions}
-    default = [(n, bytes(ACTION_SIZE)) for n in _bits(ignored_here) if n not in wanted]
-    for number, action in [*default, *actions]:
+def restore_actions(batch: Batch, actions: list[tuple[int, bytes]]) -> None:
+    for number, action in actions:
         batch.call(f"rt_sigaction {number}", arch.NR_rt_sigaction, number, batch.put(action), 0, 8)
 
 

@@ -5,8 +5,8 @@ process and walked there by a few bytes of code (`arch`). Two ways out of it:
 
 - trap: ends in int3. For a shadow, which dies with its tracer anyway.
 - park: for a process that must outlive us. Its context is put into a signal frame first; after the table it waits in
-  ppoll for its tracer, and if nobody comes it returns through that frame to where it was. At no moment between the
-  first and the last register change does our death do more than delay it.
+  ppoll for its tracer, and if nobody comes it returns through that frame to where it was: our death in a batch only
+  delays it. The single calls that make and remove the scratch have no such frame: our death inside one breaks it.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Tracee:
         try:
             ptrace.set_sigmask(tid, ALL_SIGNALS)
             ptrace.set_registers(tid, arch.syscall_registers(saved, at, number, arguments))
-            # no single step: the trap flag outlives a tracer that dies, and the SIGTRAP kills (__ptrace_unlink)
+            # no single step: the trap flag outlives a tracer that dies (__ptrace_unlink); still fatal if we die in here
             ptrace.to_syscall(tid)
             ptrace.wait(tid)
             ptrace.interrupt(tid)

@@ -7,7 +7,7 @@ BIN           := $(VENV)/bin
 INSTALLED     := $(VENV)/.installed
 PYTEST        := $(BIN)/python -m pytest
 
-.PHONY: help setup provision lint types programs test-unit test-e2e test test-all demo clean
+.PHONY: help setup provision lint types programs test-unit test-e2e test-kernel test test-all demo bench bench-docs clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,13 +38,24 @@ test-unit: setup programs ## test the parts, quick
 test-e2e: setup programs ## test the whole in a lab of hosts (as root)
 	$(PYTEST) tests/e2e
 
-test: setup lint types programs test-unit test-e2e ## everything that every change must pass
+test-kernel: setup programs ## test on Debian 12's own kernel, in an emulated machine
+	$(PYTEST) tests/kernel
+
+test: setup lint types programs test-unit test-e2e test-kernel ## everything that every change must pass
 
 test-all: export MIGRATE_TEST_FULL = 1
 test-all: test ## the same with every test at full length: more rounds, more seeds, larger processes
 
 demo: setup programs ## move a real redis-server under load between two hosts, and show the report
 	tests/demo/demo
+
+# make bench QUICK=1, ONLY="threads memory/*", REPEAT=3, PUBLISH=1: into docs/, too
+bench: setup programs ## measure moves (as root): tables, pictures and build/bench/bench.json; QUICK=1 for some of it
+	PYTHONPATH=tests $(BIN)/python -m bench --command "make bench $(strip $(MAKEOVERRIDES))" $(if $(QUICK),--quick) \
+	    $(foreach name,$(ONLY),--only '$(name)') $(if $(REPEAT),--repeat $(REPEAT)) $(if $(PUBLISH),--publish)
+
+bench-docs: $(INSTALLED) ## put the figures of docs/bench/lab.json into docs/performance.md
+	PYTHONPATH=tests $(BIN)/python -m bench.docs
 
 clean: ## remove all that was made here
 	$(MAKE) --no-print-directory -C tests/programs clean

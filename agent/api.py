@@ -1,18 +1,20 @@
 """What a person's tool and an agent say to each other: requests, events, reports.
 
-`migrate` writes one request to the source agent and reads events until a `Finished` one. Every struct here is
-also what `--json` prints, so a field, once published, keeps its name and unit. Sizes are bytes, durations are
-milliseconds where the name ends in `_ms` and seconds where it ends in `_s`.
+They travel over the agent's HTTP API (`agent/server`), whose document is made from the structs here: a request
+goes in, events come until a `Finished` one. Every struct here is also what `--json` prints, so a field, once
+published, keeps its name and unit. Sizes are bytes, durations are milliseconds where the name ends in `_ms`
+and seconds where it ends in `_s`, times are UTC.
 """
 
 from __future__ import annotations
 
 import enum
+from datetime import datetime
 from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Outcome(enum.StrEnum):
@@ -24,15 +26,16 @@ class Outcome(enum.StrEnum):
     IN_DOUBT = "in-doubt"  # the link broke between READY and COMMIT
 
 
-class SshOptions(msgspec.Struct, frozen=True, kw_only=True):
+class SshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How hosts are reached; what is not given comes from ssh_config and its defaults."""
 
     identity: tuple[str, ...] = ()
     config: tuple[str, ...] = ()
     agent_command: str = "migrate-agent"
+    auth_socket: str | None = None  # ssh-agent's socket (SSH_AUTH_SOCK), a path on the source
 
 
-class MoveOptions(msgspec.Struct, frozen=True, kw_only=True):
+class MoveOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What may be chosen for one migration."""
 
     downtime_limit_ms: float = 50.0
@@ -47,14 +50,16 @@ class MoveOptions(msgspec.Struct, frozen=True, kw_only=True):
     copy_files: bool = False
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of JSON on the source agent's standard input."""
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One check or move. `on_disconnect`: what becomes of a move that nobody watches any more."""
 
     operation: Literal["check", "move"]
     pid: int
     destination: str  # [user@]host[:port], as seen from the source
     options: MoveOptions = MoveOptions()
     ssh: SshOptions = SshOptions()
+    on_disconnect: Literal["abort", "continue"] = "abort"
+    reached_at: str | None = None  # the source's address that the tool came by: it must not move
     version: int = PROTOCOL_VERSION
 
 
@@ -195,3 +200,48 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, tag="checked", tag_fiel
 
 
 Event = StateChanged | Progress | RoundFinished | Log | Finished | Checked
+
+
+# The service: what surrounds requests and events on its socket.
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """Who answers. `version` and `protocol` are here in every version, so that a tool of another one can tell."""
+
+    version: str
+    protocol: int
+    host: str
+    pid: int
+    running: int  # migrations
+
+
+class Connected(msgspec.Struct, frozen=True, kw_only=True):
+    """What `migrate-agent connect` says before it becomes a connection to the service."""
+
+    health: Health
+    reached_at: str | None = None  # the address of this host that its ssh connection came to
+
+
+class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One migration. "lost": the service ended before it did; it was rolled back unless it had been committed."""
+
+    id: str
+    request: Request
+    status: Literal["running", "finished", "lost"]
+    state: str  # the last one entered; "" before the first
+    created: datetime
+    finished: datetime | None = None
+    report: Report | None = None
+
+
+class MigrationList(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of migrations, the newest first. `next`: what to give as `before` for the page after it."""
+
+    migrations: tuple[MigrationRecord, ...]
+    next: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of every answer that is an error."""
+
+    error: ErrorInfo

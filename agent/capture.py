@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import struct
 import time
+from collections.abc import Callable, Iterator
 
-from agent.inventory import own_number
+from agent.inventory import own_numbers
 from agent.kernel import procfs
 from agent.kernel.arch import x86_64 as arch
-from agent.resources import identity, signals, threads, timers, waits
+from agent.kernel.memory import RemoteMemory
+from agent.resources import identity, memory_lock, signals, threads, timers, waits
 from agent.state import MemoryFields, ProcessState, ThreadState
-from agent.tracee import Tracee
+from agent.together import Job, run_all
+from agent.tracee import Batch, Outcome, Tracee
 
 _NR_BRK = 12
 
@@ -36,49 +39,56 @@ def _subtract(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
 class Frozen:
     """What the freeze knows of each thread before anything is injected: how it goes on, here or there."""
 
-    def __init__(self, tracee: Tracee, tids: list[int], asleep: dict[int, waits.Asleep | None]) -> None:
+    def __init__(
+        self, tracee: Tracee, tids: list[int], asleep: dict[int, waits.Asleep | None], history: waits.History
+    ) -> None:
         self.tids = tids
+        self.order = [tracee.pid, *(tid for tid in tids if tid != tracee.pid)]  # of the threads in the state
+        self.numbers = own_numbers(tracee.pid, tids)
         self.shared_pending = signals.pending_of_process(tracee.pid)
-        self.pending = {tid: signals.pending_of_thread(tid) for tid in tids}
-        self.registers = {tid: self._settle(tracee, tid) for tid in tids}
+        self.stopped = {tid: threads.look(tid) for tid in tids}
+        self.registers = self._settle(tracee.memory)
         # what the destination gets: a wait under its own number, and how much of it is left
-        self.there = {tid: waits.identified(self.registers[tid], tracee.memory) for tid in tids}
+        known = {tid: history.recall(tid, self.registers[tid], asleep.get(tid)) for tid in tids}
+        self.there = {tid: waits.identified(registers, tracee.memory) for tid, (registers, _) in known.items()}
         now = waits.observe("self")
         self.remaining = {
-            tid: waits.remaining_ns(self.there[tid], tracee.memory, asleep.get(tid), waits.observe(tid), now)
+            tid: waits.remaining_ns(self.there[tid], tracee.memory, known[tid][1], waits.observe(tid), now)
             if waits.interrupted(self.there[tid])
             else None
             for tid in tids
         }
 
-    def _settle(self, tracee: Tracee, tid: int) -> arch.Registers:
-        pending = signals.mask_of(self.shared_pending) | signals.mask_of(self.pending[tid])
-        return threads.settled_registers(tid, tracee.memory, pending)
+    def _settle(self, memory: RemoteMemory) -> dict[int, arch.Registers]:
+        sections = threads.rseq_sections(self.stopped, memory)
+        shared = signals.mask_of(self.shared_pending)
+        return {
+            tid: thread.settled(memory, shared | signals.mask_of(thread.pending), sections.get(tid))
+            for tid, thread in self.stopped.items()
+        }
 
 
 def capture_process(tracee: Tracee, frozen: Frozen, executable: int) -> ProcessState:
-    """Ask every thread for what only it knows, the leader also for what is the process's."""
-    pid = tracee.pid
-    leader = frozen.tids.index(pid)
-    order = [pid, *frozen.tids[:leader], *frozen.tids[leader + 1 :]]
+    """What is the process's, and its first thread, which is asked for it."""
     process, first = _capture_leader(tracee, frozen, executable)
-    process.threads = [first, *(_capture_thread(tracee, frozen, tid) for tid in order[1:])]
-    # after the timers were read: one that ran out meanwhile is disarmed, and only its signal is left
-    process.pending = signals.pending_of_process(pid)
-    for tid, thread in zip(order, process.threads, strict=True):
-        thread.pending = signals.pending_of_thread(tid)
+    process.threads = [first]
     return process
 
 
-def _capture_thread(tracee: Tracee, frozen: Frozen, tid: int) -> ThreadState:
-    batch = tracee.batch()
-    answer = threads.ask(batch, tid, frozen.registers[tid], frozen.pending[tid])
-    state = answer(tracee.run(tid, batch, frozen.registers[tid]))
-    return _finish(state, tracee.pid, frozen, tid)
+def capture_threads(tracee: Tracee, frozen: Frozen) -> Iterator[ThreadState]:
+    """All threads but the first: each is asked for what only it knows."""
+    answers: dict[int, Callable[[Outcome], ThreadState]] = {}
+
+    def make(tid: int, batch: Batch) -> Job:
+        state, answers[tid] = threads.ask(batch, tid, frozen.registers[tid], frozen.stopped[tid])
+        return Job(tid, batch, frozen.registers[tid], state.xstate, state.sigmask)
+
+    for tid, outcome in run_all(tracee, frozen.order[1:], make):
+        yield _finish(answers[tid](outcome), frozen, tid)
 
 
-def _finish(state: ThreadState, pid: int, frozen: Frozen, tid: int) -> ThreadState:
-    state.tid = own_number(pid, tid)
+def _finish(state: ThreadState, frozen: Frozen, tid: int) -> ThreadState:
+    state.tid = frozen.numbers[tid]
     state.registers = frozen.there[tid]
     state.remaining_ns = frozen.remaining[tid]
     return state
@@ -89,19 +99,21 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
     batch = tracee.batch()
     actions = signals.ask_actions(batch, pid)
     itimers = timers.ask_itimers(batch)
-    posix = timers.ask_posix(batch, pid)
+    posix = timers.ask_posix(batch, pid, frozen.numbers)
     brk = batch.call("brk", _NR_BRK, 0)
     securebits = batch.call("PR_GET_SECUREBITS", arch.NR_prctl, identity.PR_GET_SECUREBITS)
     dumpable = batch.call("PR_GET_DUMPABLE", arch.NR_prctl, identity.PR_GET_DUMPABLE)
     subreaper_at = batch.space(8)
     batch.call("PR_GET_CHILD_SUBREAPER", arch.NR_prctl, identity.PR_GET_CHILD_SUBREAPER, subreaper_at)
     thp = batch.call("PR_GET_THP_DISABLE", arch.NR_prctl, identity.PR_GET_THP_DISABLE, optional=True)
-    thread = threads.ask(batch, pid, frozen.registers[pid], frozen.pending[pid])
+    lock_future = memory_lock.ask_future(batch, tracee.scratch)
+    _, thread = threads.ask(batch, pid, frozen.registers[pid], frozen.stopped[pid])
     captured_at = time.monotonic_ns() + namespace_offset(pid)[0]
     outcome = tracee.run(pid, batch, frozen.registers[pid])
     status = procfs.status(pid)
     state = ProcessState(
         threads=[],
+        tids=tuple(frozen.numbers[tid] for tid in frozen.order),
         actions=actions(outcome),
         pending=frozen.shared_pending,
         itimers=itimers(outcome),
@@ -118,9 +130,10 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
         dumpable=outcome.results[dumpable],
         child_subreaper=struct.unpack("<i", outcome.read(subreaper_at, 4))[0],
         thp_disable=max(0, outcome.results[thp]),
+        lock_future=lock_future(outcome),
         captured_at=captured_at,
     )
-    return state, _finish(thread(outcome), pid, frozen, pid)
+    return state, _finish(thread(outcome), frozen, pid)
 
 
 def _memory_fields(pid: int, brk: int) -> MemoryFields:

@@ -6,7 +6,9 @@ module under `agent.resources` with the functions of `Kind`; what no kind recogn
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import os
 import socket
 import stat
@@ -31,6 +33,7 @@ REOPEN_FLAGS: Final = (
     | 0o100000  # O_LARGEFILE
 )
 O_CLOEXEC: Final = os.O_CLOEXEC
+_ATTEMPTS: Final = 5  # to list descriptors while they change
 
 
 class OpenFile(msgspec.Struct):
@@ -56,7 +59,7 @@ class OpenFile(msgspec.Struct):
     def name(self) -> str:
         """How an error message calls it."""
         shown = self.numbers[0][0] if len(self.numbers) == 1 else ", ".join(str(n) for n, _ in self.numbers)
-        return f"fd {shown} ({self.link})"
+        return f"fd {shown} ({procfs.printable(self.link)})"
 
 
 class SourceProcess:
@@ -85,12 +88,21 @@ class SourceProcess:
             self.pidfd = -1
 
 
+class Refusal(Exception):
+    """Something that the destination cannot or will not do, with the kind that the report shows."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class Rebuilding:
     """What rebuilding descriptions share: objects that several of them are ends of, by the source's inode."""
 
     def __init__(self) -> None:
         self.shared: dict[tuple[str, int], tuple[int, ...]] = {}
         self.elapsed_ns = 0  # since the capture, as far as known
+        self.agreed: set[str] = set()  # paths of opened files that were compared before anything was touched
         self.filled: set[tuple[str, int]] = set()
         self.sockets: list[tuple[int, Any]] = []  # rebuilt TCP sockets, locked, with their states
 
@@ -146,33 +158,70 @@ def open_file(process: SourceProcess, fd: int, link: str) -> OpenFile:
 
 
 def _socket_kind(ours: int) -> tuple[int, int, int]:
-    with socket.socket(fileno=os.dup(ours)) as sock:
+    sock = socket.socket(fileno=ours)
+    try:
         return int(sock.family), int(sock.type) & 0xF, sock.proto
+    finally:
+        sock.detach()
 
 
 def open_files(process: SourceProcess) -> list[OpenFile]:
-    """All descriptions of a process; descriptors that are one description are together (kcmp(2))."""
-    found: list[OpenFile] = []
-    by_link: dict[str, list[OpenFile]] = {}
+    """All descriptions of a process by their first descriptor; descriptors that are one description are together."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return _open_files(process)
+        except OSError as error:
+            if error.errno != errno.EBADF:  # it runs, and has closed one while we looked
+                raise
+    return _open_files(process)
+
+
+def _open_files(process: SourceProcess) -> list[OpenFile]:
+    alike: dict[tuple[object, ...], list[OpenFile]] = {}
     for fd, link in procfs.fds(process.pid).items():
         try:
             file = open_file(process, fd, link)
         except (FileNotFoundError, ProcessLookupError):
             continue  # closed since the listing
-        candidates = by_link.setdefault(link, [])
-        pid = process.pid
-        same = next((c for c in candidates if c.inode == file.inode and pidfd.same_file(pid, c.fd, fd)), None)
-        if same is not None:
-            same.numbers += file.numbers
+        alike.setdefault(_likeness(file), []).append(file)
+    found = [one for files in alike.values() for one in _descriptions(process.pid, files)]
+    return sorted(found, key=lambda file: file.fd)
+
+
+def _likeness(file: OpenFile) -> tuple[object, ...]:
+    """What two descriptors of one description have in common, and what is for ever: the cheap half of the comparison."""
+    eventfd = next((value for name, value in file.info if name == "eventfd-id"), "")
+    return file.link, file.inode, file.flags & os.O_ACCMODE, eventfd
+
+
+def _descriptions(pid: int, files: list[OpenFile]) -> list[OpenFile]:
+    """Some descriptors, each a file of its own, as descriptions. The kernel has them in an order (kcmp(2)): n log n."""
+    if len(files) == 1:
+        return files
+
+    def compare(one: OpenFile, other: OpenFile) -> int:
+        return pidfd.compare_files(pid, one.fd, other.fd)
+
+    in_order = sorted(files, key=functools.cmp_to_key(compare))
+    found = [in_order[0]]
+    for file in in_order[1:]:  # a stable sort: equal ones come by number
+        if pidfd.same_file(pid, found[-1].fd, file.fd):
+            found[-1].numbers += file.numbers
         else:
-            candidates.append(file)
             found.append(file)
     return found
 
 
+def path_blockers(path: str, what: str) -> list[Blocker]:
+    """Paths are sent as text."""
+    if procfs.is_text(path):
+        return []
+    return [Blocker(kind="path-name", what=what, why="its path is not UTF-8", hint="rename it")]
+
+
 def common_blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
-    """What no kind supports: locks, leases, signal-driven I/O."""
-    found: list[Blocker] = []
+    """What no kind supports: locks, leases, signal-driven I/O, paths that are no text."""
+    found = path_blockers(file.link, file.name)
     if any(name == "lock" for name, _ in file.info):
         found.append(
             Blocker(

@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from agent import finishing, inventory, protocol
+from agent import inventory, protocol
 from agent.api import Blocker, Notice
 from agent.clocks import boottime_ns
-from agent.descriptors import Rebuilding
+from agent.descriptors import Rebuilding, Refusal
+from agent.finishing import Finish
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE
 from agent.layout import Mapping, find_gap
@@ -40,14 +41,6 @@ from agent.verification import check_rest, check_verify
 from transport.frames import LinkClosed, ProtocolError
 
 _CHANNEL_FD = 900
-
-
-class Refusal(Exception):
-    """Something that this host cannot or will not do, with the kind that the report shows."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 def serve(reading: int, writing: int) -> None:
@@ -83,10 +76,8 @@ class _Duplex:
     def recv_into(self, buffer: memoryview) -> int:
         return os.readv(self._reading, [buffer])
 
-    def sendall(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._writing, view) :]
+    def sendmsg(self, parts: list[memoryview]) -> int:
+        return os.writev(self._writing, parts)
 
     def settimeout(self, seconds: float | None) -> None:
         """The source decides about time; we wait for it."""
@@ -111,6 +102,7 @@ class Incoming:
         self.rebuild: protocol.Rebuild | None = None
         self.live = False
         self._late: list[Notice] = []
+        self._stamps: dict[str, tuple[int, int, int] | None] = {}  # of files that we have for ourselves, when compared
         self._offer: protocol.Offer | None = None
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             protocol.Ping: self._ping,
@@ -127,6 +119,7 @@ class Incoming:
         self._answer(offer)
         self._receive_until(protocol.Prepare, self._prepare)
         self._receive_until(protocol.Rebuild, self._rebuild)
+        self._receive_until(protocol.Complete, self._complete)
         self._receive_until(protocol.Commit, self._commit)
         self._finish()
 
@@ -159,18 +152,22 @@ class Incoming:
         blockers += [b for b in compared if b is not None]
         blockers += _directory_blockers(offer)
         blockers += _cpu_blockers(offer)
-        blockers += self.network.check(offer.addresses, offer.listeners)
+        blockers += self.network.check(offer.addresses, offer.listeners, offer.connections)
         missing = tuple(dict.fromkeys(file_resource.missing(wanted))) if offer.copy_files else ()
+        unshared = tuple(dict.fromkeys(f.path for f in wanted if not file_resource.shared(f)))
         self.link.send(
             protocol.Answer(
                 host=platform.node(),
                 blockers=tuple(blockers),
                 notices=tuple(_notices(offer)),
                 missing=missing,
+                unshared=unshared,
             )
         )
         if not blockers:
             self._receive_files(missing)
+        self._stamps = {path: file_resource.stamp(path) for path in unshared}
+        self.context.agreed = {f.path for f in offer.opened}
 
     def _receive_files(self, missing: tuple[str, ...]) -> None:
         assert self._offer is not None
@@ -207,6 +204,7 @@ class Incoming:
         )
         self.shadow = Shadow(spawn(wanted, seed, _CHANNEL_FD))
         self.shadow.settle(offer.pid, code, seed_at, offer.specials, message.layout)
+        self.shadow.make_threads(offer.tids)  # in the freeze only what changed
         self.link.send(protocol.Prepared(pid=self.shadow.pid, new_pid_namespace=self.shadow.new_pid_namespace))
 
     @property
@@ -267,10 +265,28 @@ class Incoming:
     def _rebuild(self, message: protocol.Rebuild) -> None:
         gc.disable()
         self.rebuild = message
-        phases = Phases("destination")
-        notices = finishing.rebuild(self._built, message, self.context, self.open_file, self._delta, phases)
+        for path, stamp in self._stamps.items():
+            if file_resource.stamp(path) != stamp:
+                raise Refusal("file-changed", f"{path} was written to during the migration")
+        self._phases = Phases("destination")
+        self._finishing = Finish(self._built, message, self.context, self.open_file, self._delta, self._phases)
+        self._finishing.begin()
+        self._handlers |= {protocol.Threads: self._threads, Pages: self._last_pages}
+
+    def _threads(self, message: protocol.Threads) -> None:
+        self._phases.begin()
+        self._finishing.threads(message.threads)
+
+    def _last_pages(self, message: Pages) -> None:
+        self._phases.begin()
+        self._pages(message)
+        self._phases.mark("pages")
+
+    def _complete(self, _: protocol.Complete) -> None:
+        self._phases.begin()
+        notices = self._finishing.end()
         self._handlers = {protocol.Verify: self._verify}
-        self.link.send(protocol.Ready(phases=phases.taken(), notices=tuple(notices)))
+        self.link.send(protocol.Ready(phases=self._phases.taken(), notices=tuple(notices)))
 
     @property
     def _delta(self) -> int:
@@ -282,17 +298,19 @@ class Incoming:
         others = check_rest(self._built, message, self.rebuild) if message.last else []
         self.link.send(protocol.Verified(memory=check_verify(self._built, message), others=tuple(others[:20])))
 
-    def _commit(self, _: protocol.Commit) -> None:
+    def _commit(self, message: protocol.Commit) -> None:
         """From here on there is no way back: whatever fails is said, and the process lives."""
         assert self.rebuild is not None
         phases = Phases("destination")
         self._late = self.network.take_over(self.context.sockets)
+        self._late += self._built.queue_signals(message.signals)
         phases.mark("take over network")
         self._wait_for_clock(self.rebuild.monotonic_at_freeze)
         self._built.release(self.rebuild.leave_stopped)
         self.live = True
         phases.mark("resume")
         self.link.send(protocol.Live(phases=phases.taken(), address_moved=self.network.moved))
+        self._let_go()  # our duplicates would keep open what it closes
 
     def _wait_for_clock(self, at_freeze: int) -> None:
         """The process's CLOCK_MONOTONIC must not be behind what it last saw: at most half a round trip."""
@@ -302,7 +320,8 @@ class Incoming:
     def _finish(self) -> None:
         last = False
         while not last:
-            message = self.link.expect(protocol.Packets)
+            message = self.link.expect(protocol.Late)
+            self._late += self._built.send_signals(message.signals)
             try:
                 self.network.replay(message.packets)
             except (OSError, ValueError) as error:
@@ -315,13 +334,17 @@ class Incoming:
         """Roll back what is not live; close what is ours. Rebuilt sockets are under repair and close silently."""
         if self.shadow is not None and not self.live:
             self.shadow.destroy()
-        self.context.close()
+        self._let_go()
         self.network.close()
-        for fd, _ in self.context.sockets:
-            os.close(fd)
-        for fd in self._fds.values():
-            os.close(fd)
         self.link.close()
+
+    def _let_go(self) -> None:
+        """Close our duplicates of what the process has open. Idempotent."""
+        self.context.close()
+        while self.context.sockets:
+            os.close(self.context.sockets.pop()[0])
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
 
 def _directory_blockers(offer: protocol.Offer) -> list[Blocker]:

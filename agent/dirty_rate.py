@@ -12,7 +12,7 @@ _SECONDS = 0.3
 
 
 def dirty_rate(pid: int) -> float | None:
-    """Bytes per second; None if it cannot be watched. The process is stopped once, for less than a millisecond."""
+    """Bytes per second; None if it cannot be watched. The process is stopped a few times, as in pre-copy."""
     from agent.resources.mappings import FileTable
 
     try:

@@ -10,7 +10,7 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from agent import kinds, protocol
 from agent.api import Notice
@@ -18,49 +18,113 @@ from agent.descriptors import Rebuilding
 from agent.kernel import ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
+from agent.kernel.arch.x86_64_features import fitted
 from agent.phases import Phases
-from agent.resources import epoll, identity, signals, threads, timers, waits
+from agent.resources import epoll, identity, memory_lock, signals, threads, timers, waits
 from agent.shadow import Shadow
+from agent.silencing import add_fired_entries
 from agent.state import ProcessState, ThreadState
+from agent.together import Job, run_all
 from agent.tracee import ALL_SIGNALS, Batch
+from transport.frames import ProtocolError
 
 # int3 must reach its tracer: a blocked SIGTRAP would reset its disposition (force_sig_info)
 _BLOCKED: Final = ALL_SIGNALS & ~(1 << 4)
-_AT_SYSINFO_EHDR: Final = 33
 NR_chdir: Final = 80
 NR_prctl: Final = arch.NR_prctl
 
 
-def rebuild(
-    shadow: Shadow,
-    message: protocol.Rebuild,
-    context: Rebuilding,
-    open_file: Callable[[int], int],
-    delta: int,
-    phases: Phases,
-) -> list[Notice]:
-    """Everything but memory; afterwards the shadow is whole, stopped, and has nothing of ours in it."""
-    state = message.process
-    leader = state.threads[0]
-    own_pid = leader.tid
-    notices: list[Notice] = []
-    context.elapsed_ns = max(0, time.monotonic_ns() + delta - state.captured_at)
-    ptrace.set_sigmask(shadow.pid, _BLOCKED)
-    executable = _descriptors(shadow, message, context, open_file(state.executable))
-    phases.mark("descriptors")
-    shadow.make_threads([(t.tid, t.clear_child_tid) for t in state.threads])
-    phases.mark("make threads")
-    _settings(shadow, state, message, executable, own_pid, delta)
-    phases.mark("settings")
-    identity.restore_limits(shadow.pid, state.limits)
-    notices += _outside(shadow, state)
-    now = identity.credentials(shadow.pid)
-    for thread in reversed(state.threads):
-        _thread(shadow, thread, state, own_pid, now)
-    phases.mark("threads")
-    _leave(shadow, state)
-    phases.mark("registers")
-    return notices
+class Finish:
+    """The rebuilding of one shadow: `begin`, `threads` as they come, `end` after the last page."""
+
+    def __init__(
+        self,
+        shadow: Shadow,
+        message: protocol.Rebuild,
+        context: Rebuilding,
+        open_file: Callable[[int], int],
+        delta: int,
+        phases: Phases,
+    ) -> None:
+        """`delta`: nanoseconds that the process's monotonic clock is ahead of ours."""
+        self._shadow = shadow
+        self._message = message
+        self._state = message.process
+        self._context = context
+        self._open_file = open_file
+        self._delta = delta
+        self._phases = phases
+        self._credentials = identity.credentials(shadow.pid)
+        self._xstate = ptrace.get_xstate(shadow.pid)
+        self.notices: list[Notice] = []
+
+    @property
+    def _leader(self) -> ThreadState:
+        return self._state.threads[0]
+
+    def begin(self) -> None:
+        """Descriptors, empty threads, settings: while the source still sends its last pages."""
+        shadow, state, mark = self._shadow, self._state, self._phases.mark
+        self._context.elapsed_ns = max(0, time.monotonic_ns() + self._delta - state.captured_at)
+        ptrace.set_sigmask(shadow.pid, _BLOCKED)
+        executable = _descriptors(shadow, self._message, self._context, self._open_file(state.executable))
+        mark("descriptors")
+        shadow.make_threads(state.tids)
+        mark("make threads")
+        _settings(shadow, state, self._message, executable, self._leader.tid, self._delta)
+        mark("settings")
+
+    def threads(self, threads: list[ThreadState]) -> None:
+        """All that these threads do for themselves, and their registers. The first one's turn is in `end`."""
+        self._state.threads += threads
+        self._run(threads)
+        self._phases.mark("threads")
+
+    def end(self) -> list[Notice]:
+        """Afterwards the shadow is whole, stopped, and has nothing of ours in it. With its credentials our rights end."""
+        shadow, state = self._shadow, self._state
+        if sorted(t.tid for t in state.threads) != sorted(state.tids):
+            raise ProtocolError(f"{len(state.threads)} threads where {len(state.tids)} were announced")
+        identity.restore_limits(shadow.pid, state.limits)
+        self.notices += _oom_score(shadow, state)
+        self._run([self._leader])
+        shadow.leave_scratch()
+        _set_registers(shadow, self._leader)
+        self._phases.mark("end")
+        return self.notices
+
+    def _run(self, some: list[ThreadState]) -> None:
+        shadow = self._shadow
+        by_tid = {shadow.threads[t.tid]: t for t in some}
+        for thread in some:
+            thread.xstate = fitted(thread.xstate, self._xstate)
+
+        def make(tid: int, batch: Batch) -> Job:
+            ptrace.set_sigmask(tid, _BLOCKED)
+            self._fill(batch, by_tid[tid])
+            return Job(tid, batch, ptrace.get_registers(tid))
+
+        for _ in run_all(shadow, list(by_tid), make):
+            pass
+        for tid, thread in by_tid.items():
+            said = threads.restore_scheduling(tid, thread.scheduling)
+            if said:
+                self.notices.append(Notice(kind="affinity", message=said))
+            if waits.interrupted(thread.registers):
+                thread.registers = _wait_again(shadow, tid, thread)
+            if thread is not self._leader:
+                _set_registers(shadow, thread)
+
+    def _fill(self, batch: Batch, thread: ThreadState) -> None:
+        state = self._state
+        if thread is self._leader:  # from here on it decides what mmap does
+            batch.call("personality", arch.NR_personality, state.personality)
+            memory_lock.restore_future(batch, state.lock_future)
+        threads.restore(batch, thread, self._leader.tid)
+        identity.restore_credentials(batch, state.credentials, self._credentials)
+        if thread is self._leader:
+            batch.call("dumpable", NR_prctl, identity.PR_SET_DUMPABLE, int(state.dumpable == 1))
+        threads.restore_rseq(batch, thread)
 
 
 def _descriptors(shadow: Shadow, message: protocol.Rebuild, context: Rebuilding, executable: int) -> int:
@@ -80,6 +144,7 @@ def _descriptors(shadow: Shadow, message: protocol.Rebuild, context: Rebuilding,
     taken = {number for group in wanted for number, _ in group}
     place = max(taken, default=0) + 1
     shadow.place(received, [*wanted, ((place, True),)])
+    add_fired_entries(shadow, message.descriptors)
     return place
 
 
@@ -89,7 +154,6 @@ def _settings(
     batch = shadow.batch()
     batch.call(f"chdir {state.cwd}", NR_chdir, batch.put(os.fsencode(state.cwd) + b"\0"))
     batch.call("umask", arch.NR_umask, state.umask)
-    batch.call("personality", arch.NR_personality, state.personality)
     signals.restore_actions(batch, state.actions)
     if state.child_subreaper:
         batch.call("child subreaper", NR_prctl, identity.PR_SET_CHILD_SUBREAPER, 1)
@@ -99,15 +163,15 @@ def _settings(
     batch.call("close executable", arch.NR_close, executable)
     for descriptor in message.descriptors:
         if descriptor.kind == epoll.NAME:
-            epoll.add_entries(batch, descriptor.numbers[0][0], kinds.decode(descriptor))
+            epoll.add_entries(batch, descriptor.numbers[0][0], kinds.decode(descriptor), fired=False)
     places = timers.create_posix(batch, state.timers)
     signals.requeue_process(batch, own_pid, state.pending)
     outcome = shadow.run(shadow.pid, batch)
     _check_timers(state, [struct.unpack("<i", outcome.read(p, 4))[0] for p in places])
     elapsed = max(0, time.monotonic_ns() + delta - state.captured_at)
     batch = shadow.batch()
-    timers.restore_itimers(batch, state.itimers, elapsed)
-    timers.arm_posix(batch, state.timers, elapsed)
+    timers.restore_itimers(batch, state, own_pid, elapsed)
+    timers.arm_posix(batch, state, own_pid, elapsed)
     shadow.run(shadow.pid, batch)
 
 
@@ -130,13 +194,8 @@ def _memory_map(batch: Batch, state: ProcessState, executable: int) -> None:
     batch.call("PR_SET_MM_MAP", NR_prctl, identity.PR_SET_MM, identity.PR_SET_MM_MAP, place, len(structure), 0)
 
 
-def _outside(shadow: Shadow, state: ProcessState) -> list[Notice]:
-    """Settings made from outside: scheduling, CPU affinity, OOM score."""
-    notices: list[Notice] = []
-    for thread in state.threads:
-        said = threads.restore_scheduling(shadow.threads[thread.tid], thread.scheduling)
-        if said:
-            notices.append(Notice(kind="affinity", message=said))
+def _oom_score(shadow: Shadow, state: ProcessState) -> list[Notice]:
+    """Set from outside; what could not be kept."""
     path = f"/proc/{shadow.pid}/oom_score_adj"
     with open(path) as file:
         now = int(file.read())
@@ -146,23 +205,8 @@ def _outside(shadow: Shadow, state: ProcessState) -> list[Notice]:
                 file.write(str(state.oom_score_adj))
         except PermissionError:
             message = f"oom_score_adj {state.oom_score_adj} needs CAP_SYS_RESOURCE here; it is {now}"
-            notices.append(Notice(kind="oom-score", message=message))
-    return notices
-
-
-def _thread(shadow: Shadow, thread: ThreadState, state: ProcessState, own_pid: int, now: Any) -> None:
-    tid = shadow.threads[thread.tid]
-    ptrace.set_sigmask(tid, _BLOCKED)
-    batch = shadow.batch()
-    threads.restore(batch, thread, own_pid)
-    wanted = state.credentials
-    identity.restore_credentials(batch, wanted, now)
-    if thread.tid == own_pid:
-        batch.call("dumpable", NR_prctl, identity.PR_SET_DUMPABLE, int(state.dumpable == 1))
-    threads.restore_rseq(batch, thread)
-    shadow.run(tid, batch)
-    if waits.interrupted(thread.registers):
-        thread.registers = _wait_again(shadow, tid, thread)
+            return [Notice(kind="oom-score", message=message)]
+    return []
 
 
 def _wait_again(shadow: Shadow, tid: int, thread: ThreadState) -> Registers:
@@ -184,10 +228,8 @@ def _wait_again(shadow: Shadow, tid: int, thread: ThreadState) -> Registers:
     return finished
 
 
-def _leave(shadow: Shadow, state: ProcessState) -> None:
-    shadow.leave_scratch()
-    for thread in state.threads:
-        tid = shadow.threads[thread.tid]
-        ptrace.set_xstate(tid, thread.xstate)
-        ptrace.set_registers(tid, thread.registers)
-        ptrace.set_sigmask(tid, thread.sigmask)
+def _set_registers(shadow: Shadow, thread: ThreadState) -> None:
+    tid = shadow.threads[thread.tid]
+    ptrace.set_xstate(tid, thread.xstate)
+    ptrace.set_registers(tid, thread.registers)
+    ptrace.set_sigmask(tid, thread.sigmask)

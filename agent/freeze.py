@@ -7,41 +7,54 @@ every one: from then on our death is theirs, never their resumption (docs/archit
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from agent import capture, inventory, kinds, protocol
-from agent.api import MoveOptions, Round
+from agent.api import Blocker, MoveOptions, Round
 from agent.descriptors import SourceProcess, open_files
 from agent.kernel import procfs, ptrace
 from agent.kernel.arch.x86_64 import Registers
 from agent.network import SourceNetwork
 from agent.phases import Phases
-from agent.resources import epoll, signals, threads, waits
+from agent.resources import epoll, signals, threads, timers, waits
 from agent.resources.tcp_socket import recognise as is_tcp
-from agent.rounds import Pending, Rounds
-from agent.tracee import stop
+from agent.rounds import Pending, Rounds, unpaced
+from agent.tracee import stop, wait_event_stop
+from agent.unmovable import NotStill, Unmovable
+from transport.frames import LinkClosed
 
 _ATTEMPTS: Final = 20
+_THREADS_A_MESSAGE: Final = 50
 _RETRY_SECONDS: Final = 0.01
+_UNINTERRUPTIBLE_SECONDS: Final = 5.0  # that a rollback waits for a task to stop; it is let go when we end
 
-
-class NotStill(Exception):
-    """Something that cannot be captured is under way; it ends by itself in a moment."""
 
 
 class FrozenProcess:
     """One process between its first stop and its end or its resumption."""
 
     def __init__(
-        self, process: SourceProcess, rounds: Rounds, network: SourceNetwork, options: MoveOptions
+        self,
+        process: SourceProcess,
+        rounds: Rounds,
+        network: SourceNetwork,
+        options: MoveOptions,
+        found: inventory.Inventory,
     ) -> None:
+        """`found`: what was found when it was checked."""
         self._process = process
         self._rounds = rounds
         self._network = network
         self._options = options
+        self._found = found
+        # of a connection that was checked, what could have changed since shows when it is captured
+        self._known = {file.inode for file in found.descriptors if is_tcp(file)}
         self.pid = process.pid
         self.tids: list[int] = []
         self.committed = False
@@ -49,8 +62,10 @@ class FrozenProcess:
         self.phases = Phases("source")
         self.deadline = 0.0
         self.began = 0.0
+        self.longest_attempt_ms = 0.0  # of stops that were given up
         self.pending: Pending | None = None
         self.state: protocol.Rebuild | None = None
+        self._queued: dict[int, Counter[bytes]] = {}  # signals that the destination has, by thread; 0: the process's
 
     # --- freeze ---
 
@@ -62,29 +77,54 @@ class FrozenProcess:
                 return
             except NotStill:
                 self.thaw()
+                if self.began:
+                    self.longest_attempt_ms = max(self.longest_attempt_ms, self.pause_ms())
                 if attempt == _ATTEMPTS - 1:
                     raise
                 time.sleep(_RETRY_SECONDS * (attempt + 1))
 
     def _stop_once(self) -> None:
         self._process.forget_duplicates()
+        self.began = 0.0
+        self.check_settings()
         asleep = {tid: waits.observe(tid) for tid in procfs.threads(self.pid)}
         self._network.start_capture()
         self.phases = Phases("source")
         self.began = time.perf_counter()
         self.deadline = time.monotonic() + self._options.freeze_timeout_ms / 1000
         self._seize_all()
-        self.phases.mark("stop")
+        self._mark("stop")
         self.monotonic = time.monotonic_ns() + capture.namespace_offset(self.pid)[0]
-        if procfs.children(self.pid):
-            raise NotStill("it has a child process")
-        self.files = open_files(self._process)
+        self._look_again()
+        self._mark("check again")
         self._network.lock([self._process.duplicate(f.fd) for f in self.files if is_tcp(f)])
         if self._network.busy():
-            raise NotStill("a connection is being accepted")
-        self.phases.mark("lock sockets")
-        self.facts = capture.Frozen(self._rounds.tracee, self.tids, asleep)
-        self.phases.mark("registers")
+            raise NotStill("tcp-connecting", "a connection is being accepted")
+        self._mark("lock sockets")
+        self.facts = capture.Frozen(self._rounds.tracee, self.tids, asleep, self._rounds.waits)
+        self._mark("registers")
+
+    def _mark(self, phase: str) -> None:
+        """End a phase; TimeoutError once the freeze has lasted longer than it may."""
+        self.phases.mark(phase)
+        if time.monotonic() > self.deadline:
+            raise TimeoutError(f"the freeze takes longer than its limit of {self._options.freeze_timeout_ms:.0f} ms")
+
+    def _look_again(self) -> None:
+        """What was checked before must still hold; it had all of the pre-copy to change. NotStill, Unmovable."""
+        if self._rounds.program_changed():
+            raise Unmovable("process-executed", "it made itself another program (execve)")
+        if any(signals.number_of(ptrace.get_siginfo(tid)) != signal.SIGTRAP for tid in self.tids):
+            raise NotStill("stopped", "it is stopped by a signal (job control)")
+        self.files = open_files(self._process)
+        new = (file for file in self.files if not (is_tcp(file) and file.inode in self._known))
+        _refuse(b for file in new for b in kinds.blockers(file, self._process))
+
+    def check_settings(self) -> None:
+        """Children, seccomp, credentials, namespaces: asked before the stop, when it costs nothing, and here, while the
+        destination rebuilds, for what came in between. NotStill.
+        """
+        _refuse(inventory.lasting_blockers(self.pid))
 
     def _seize_all(self) -> None:
         """Seize and stop until no task is left that is not: a running thread may make another."""
@@ -112,11 +152,13 @@ class FrozenProcess:
         link, rounds = self._rounds.link, self._rounds
         began, bytes_before = time.perf_counter(), link.bytes_sent
         self.pending = rounds.last()
-        self.phases.mark("scan")
-        sent, discarded = rounds.send_memory(self.pending, True, _nothing)
+        self._mark("scan")
+        sent, discarded = rounds.send_memory(self.pending, True, unpaced)
+        self._mark("send pages")
+        sent += rounds.settle_flags()
         if rounds.guards:
             link.send(protocol.Guards(rounds.guards))
-        self.phases.mark("send pages")
+        self._mark("mapping flags")
         return Round(
             number=number,
             pages_sent=sent,
@@ -126,23 +168,51 @@ class FrozenProcess:
             dirty_rate=round(dirty_rate, 1),
         )
 
-    def capture(self, found: inventory.Inventory) -> protocol.Rebuild:
-        """Everything but memory."""
+    def capture(self) -> protocol.Rebuild:
+        """Everything but memory and the threads after the first."""
         assert self.facts is not None
-        process = capture.capture_process(self._rounds.tracee, self.facts, found.executable)
-        self.phases.mark("threads")
+        process = capture.capture_process(self._rounds.tracee, self.facts, self._found.executable)
+        self._mark("process")
         stale = epoll.stale(self.files, self.pid)
         if stale:
             raise ValueError(f"{stale[0]} watches a descriptor that was closed")
         descriptors = [kinds.capture(file, self._process) for file in self.files]
-        self.phases.mark("descriptors")
+        self._mark("descriptors")
         self.state = protocol.Rebuild(
             process=process,
             descriptors=descriptors,
             monotonic_at_freeze=self.monotonic,
             leave_stopped=self._options.leave_stopped,
         )
+        self._queued = {0: Counter(self.facts.shared_pending)}
+        self._queued |= {tid: Counter(thread.pending) for tid, thread in self.facts.stopped.items()}
         return self.state
+
+    def send_threads(self) -> None:
+        """The other threads, some at a time: the destination rebuilds them meanwhile."""
+        assert self.facts is not None and self.state is not None
+        states = capture.capture_threads(self._rounds.tracee, self.facts)
+        while some := list(itertools.islice(states, _THREADS_A_MESSAGE)):
+            self._rounds.link.send(protocol.Threads(some))
+            self.state.process.threads += some
+        self._mark("threads")
+
+    def late_signals(self) -> list[tuple[int, bytes]]:
+        """What was queued since the capture, or the last call: (thread in its own number, 0 for the process; siginfo).
+
+        Captured timers go on over there, so what they queue here meanwhile would be theirs twice.
+        """
+        found: list[tuple[int, bytes]] = []
+        if not self.tids or self.state is None:  # buried, or not captured
+            return found
+        process = self.state.process
+        for tid, known in self._queued.items():
+            queue = signals.pending_of_thread(tid) if tid else signals.pending_of_process(self.pid)
+            new = Counter(queue) - known
+            known.update(new)
+            number = self.facts.numbers[tid] if tid and self.facts is not None else 0
+            found += [(number, siginfo) for siginfo in new.elements() if not timers.runs_on(process, siginfo)]
+        return found
 
     def pause_ms(self) -> float:
         return (time.perf_counter() - self.began) * 1000
@@ -151,20 +221,30 @@ class FrozenProcess:
 
     def thaw(self) -> None:
         """Everything back as it was, and on it goes. Safe in any state, also when the process is gone."""
-        try:
-            self._network.unlock()
-        finally:
+        deadline = time.monotonic() + _UNINTERRUPTIBLE_SECONDS
+        with contextlib.ExitStack() as steps:  # each is done, whatever the others raise; the network first
+            steps.callback(self._forget_tasks)
             for tid in self.tids:
-                with contextlib.suppress(ProcessLookupError):
-                    self._resume(tid)
-            self.tids.clear()
-            self.facts = None
+                steps.callback(self._resume, tid, deadline)
+            steps.callback(self._network.unlock)
 
-    def _resume(self, tid: int) -> None:
+    def _forget_tasks(self) -> None:
+        self.tids.clear()
+        self.facts = None
+
+    def _resume(self, tid: int, deadline: float) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            try:
+                self._put_back(tid, deadline)
+            finally:
+                ptrace.detach(tid)
+
+    def _put_back(self, tid: int, deadline: float) -> None:
         try:
             ptrace.set_registers(tid, self._registers(tid))
-        finally:
-            ptrace.detach(tid)
+        except ProcessLookupError:  # not stopped yet: asleep where nothing interrupts it (vfork, a hanging file system)
+            wait_event_stop(tid, deadline)
+            ptrace.set_registers(tid, self._registers(tid))
 
     def _registers(self, tid: int) -> Registers:
         """With which a thread goes on as if it had not been stopped, also if the freeze ended before it knew."""
@@ -173,11 +253,18 @@ class FrozenProcess:
         pending = signals.pending_of_process(self.pid) + signals.pending_of_thread(tid)
         return threads.settled_registers(tid, self._rounds.memory, signals.mask_of(pending))
 
-    def commit(self) -> None:
-        """The point of no return on this host."""
+    def commit(self, send: Callable[[], None]) -> None:
+        """The point of no return on this host: `send` sends COMMIT. If it raises, nothing was committed."""
         for tid in self.tids:
             ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL)
         self.committed = True
+        try:
+            send()
+        except LinkClosed:  # not all of it left this host, so it was never understood
+            self.committed = False
+            for tid in self.tids:
+                ptrace.set_options(tid, 0)
+            raise
 
     def bury(self) -> None:
         """Kill the source copy: its sockets are under repair, so nothing is sent. Idempotent."""
@@ -190,8 +277,11 @@ class FrozenProcess:
         self._process.forget_duplicates()
 
     def leave_in_doubt(self) -> None:
-        """Nobody knows whether the other copy lives: this one stays stopped until a person decides."""
-        self._network.unlock(give_back=False)
+        """Nobody knows whether the other copy lives: this one stays stopped until a person decides.
+
+        Its sockets stay locked and under repair, so that they are silent even if it is killed.
+        """
+        self._network.give_up()
         os.kill(self.pid, signal.SIGSTOP)
         for tid in self.tids:
             ptrace.set_options(tid, 0)
@@ -201,8 +291,9 @@ class FrozenProcess:
         self.tids.clear()
 
 
-def _nothing(pages: int, sent: int) -> None:
-    """Nothing paces the freeze."""
+def _refuse(found: Iterable[Blocker]) -> None:
+    for blocker in found:
+        raise NotStill(blocker.kind, f"{blocker.what}: {blocker.why}")
 
 
 def _reap(tid: int) -> None:

@@ -1,5 +1,7 @@
 """The two ends of `migrate-agent source`: the request and aborts coming in, events going out.
 
+The service starts one for each migration (`agent/server`), and is at the other ends.
+
 Both use threads of their own with plain blocking calls: standard input and output may be anything (a pipe,
 a terminal, a file), and a reader that is slow or asleep must never hold up a migration.
 """
@@ -103,8 +105,8 @@ class Input:
                 self.request.set_result(_parse(line))
             except BadRequest as error:
                 self.request.set_exception(error)
-        elif _is_abort(line) and not self.abort.done():
-            self.abort.set_result("aborted by request")
+        elif (reason := _abort_reason(line)) is not None and not self.abort.done():
+            self.abort.set_result(reason)
 
     def _on_end(self, reason: str) -> None:
         if not self.request.done():
@@ -116,31 +118,45 @@ class Input:
 def _parse(line: bytes) -> Request:
     try:
         request = msgspec.json.decode(line, type=Request)
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"not a request: {error}") from None
+    validate(request)
+    return request
+
+
+def validate(request: Request) -> None:
+    """BadRequest if there is no such host, or it is of another version."""
+    try:
         parse_host(request.destination)
-    except (msgspec.MsgspecError, InvalidTarget) as error:
+    except InvalidTarget as error:
         raise BadRequest(f"not a request: {error}") from None
     if request.version != PROTOCOL_VERSION:
         raise BadRequest(
             f"the tool speaks version {request.version} of the protocol, this agent {PROTOCOL_VERSION}: "
             "install the same version of migrate on both"
         )
-    return request
 
 
-def _is_abort(line: bytes) -> bool:
+def _abort_reason(line: bytes) -> str | None:
+    """Why, if the line is a wish to abort."""
     try:
         message = msgspec.json.decode(line)
     except msgspec.MsgspecError:
-        return False
-    return isinstance(message, dict) and message.get("abort") is True
+        return None
+    if not isinstance(message, dict) or message.get("abort") is not True:
+        return None
+    return str(message.get("reason") or "aborted by request")
 
 
-async def serve(reading: int, writing: int) -> int:
-    """One migration: a Request from `reading`, Events to `writing`. The exit status."""
+async def serve(reading: int, writing: int, worker: tuple[list[str], dict[str, str]] | None = None) -> int:
+    """One migration: a Request from `reading`, Events to `writing`. The exit status.
+
+    `worker` is the command and environment of the engine's process, if not our own.
+    """
     writer = EventWriter(writing)
     incoming = Input(reading)
     try:
-        supervisor = Supervisor(await incoming.request, writer.write)
+        supervisor = Supervisor(await incoming.request, writer.write, worker)
         handle_signals(supervisor)
         incoming.abort.add_done_callback(lambda future: supervisor.abort(future.result()))
         await supervisor.run()

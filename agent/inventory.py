@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pwd
 import stat as stat_module
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
 
 from agent import kinds
 from agent.api import Blocker, Notice, ProcessInfo
-from agent.descriptors import OpenFile, SourceProcess, open_files
+from agent.descriptors import OpenFile, SourceProcess, open_files, path_blockers
 from agent.kernel import procfs
+from agent.kernel.arch import x86_64_features
 from agent.kernel.memory import RemoteMemory
 from agent.layout import Mapping
-from agent.resources import mappings, regular_file, tcp_socket
+from agent.resources import mappings, regular_file, tcp, tcp_socket
 from agent.resources.files import FileRef
 from agent.resources.mappings import FileTable
 from agent.shadow import Special
@@ -58,9 +60,15 @@ def memory_bytes(status: dict[str, str]) -> int:
     return 1024 * int(status.get("VmRSS", "0 kB").split()[0])
 
 
-def own_number(pid: int, tid: int) -> int:
-    """The number that a task has in its own pid namespace."""
-    return int(procfs.status(pid, tid)["NSpid"].split()[-1])
+def own_numbers(pid: int, tids: Iterable[int]) -> dict[int, int]:
+    """The numbers that a process's tasks have in their own pid namespace, by those that they have in ours."""
+    if procfs.namespace(pid, "pid") == procfs.namespace(os.getpid(), "pid"):
+        return {tid: tid for tid in tids}
+    found: dict[int, int] = {}
+    for tid in tids:
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            found[tid] = int(procfs.status(pid, tid)["NSpid"].split()[-1])
+    return found
 
 
 def examine(process: SourceProcess) -> Inventory:
@@ -79,6 +87,7 @@ def examine(process: SourceProcess) -> Inventory:
     found += _process_blockers(pid, status)
     for descriptor in descriptors:
         found += kinds.blockers(descriptor, process)
+    found += tcp.signed_blockers({d.inode: d.name for d in descriptors if tcp_socket.recognise(d)})
     executable = os.readlink(f"/proc/{pid}/exe")
     found += _executable_blockers(executable)
     stat = procfs.stat(pid)
@@ -116,33 +125,40 @@ def _kernel_thread(pid: int, status: dict[str, str]) -> list[Blocker]:
     return []
 
 
+def _blocker(kind: str, what: str, why: str, hint: str = "") -> Blocker:
+    return Blocker(kind=kind, what=what, why=why, hint=hint)
+
+
 def _process_blockers(pid: int, status: dict[str, str]) -> list[Blocker]:
     found: list[Blocker] = []
+    what = f"pid {pid}"
+    if status["TracerPid"] != "0":
+        why = f"process {status['TracerPid']} is debugging it"
+        found.append(_blocker("traced", what, why, "detach the debugger"))
+    if status["State"][0] in "Tt":
+        found.append(_blocker("stopped", what, "it is stopped", "continue it with SIGCONT"))
+    if pid == os.getpid() or pid == 1:
+        found.append(_blocker("self", what, "it is this agent or the host's init"))
+    return [*found, *lasting_blockers(pid)]
 
-    def add(kind: str, why: str, hint: str = "") -> None:
-        found.append(Blocker(kind=kind, what=f"pid {pid}", why=why, hint=hint))
 
+def lasting_blockers(pid: int) -> list[Blocker]:
+    """What the process may become at any time, and what is therefore asked again; some microseconds for each thread."""
+    found: list[Blocker] = []
+    what = f"pid {pid}"
     children = procfs.children(pid)
     if children:
         who = ", ".join(f"{c} ({procfs.stat(c).comm})" for c in children[:5] if os.path.exists(f"/proc/{c}"))
-        add("child-processes", f"it has child processes: {who}", "move a program of one process")
-    if status["TracerPid"] != "0":
-        add("traced", f"process {status['TracerPid']} is debugging it", "detach the debugger")
-    if status["State"][0] in "Tt":
-        add("stopped", "it is stopped", "continue it with SIGCONT")
-    if status.get("Seccomp", "0") != "0":
-        add("seccomp", "it runs under a seccomp filter", "start it without the sandbox")
-    if pid == os.getpid() or pid == 1:
-        add("self", "it is this agent or the host's init")
-    if _other_task_settings(pid):
-        add("credentials", "its threads have different credentials")
+        why = f"it has child processes: {who}"
+        found.append(_blocker("child-processes", what, why, "move a program of one process"))
+    settings = set(procfs.each_thread(pid, lambda tid: procfs.settings(pid, tid)))
+    if any(s.seccomp for s in settings):
+        found.append(_blocker("seccomp", what, "it runs under a seccomp filter", "start it without the sandbox"))
+    if len({s.credentials for s in settings}) > 1:
+        found.append(_blocker("credentials", what, "its threads have different credentials"))
+    cwd = os.readlink(f"/proc/{pid}/cwd")
+    found += path_blockers(cwd, f"working directory {procfs.printable(cwd)}")
     return [*found, *_namespace_blockers(pid)]
-
-
-def _other_task_settings(pid: int) -> bool:
-    names = ("Uid", "Gid", "Groups", "CapEff", "CapPrm", "CapInh", "CapBnd", "CapAmb", "NoNewPrivs")
-    statuses = procfs.each_thread(pid, lambda tid: procfs.status(pid, tid))
-    return len({tuple(status.get(n, "") for n in names) for status in statuses}) > 1
 
 
 def _namespace_blockers(pid: int) -> list[Blocker]:
@@ -174,10 +190,11 @@ def _under_our_reaper(pid: int) -> bool:
 
 
 def _executable_blockers(executable: str) -> list[Blocker]:
+    what = procfs.printable(executable)
     if executable.endswith(" (deleted)"):
         why = "its executable was deleted or replaced"
-        return [Blocker(kind="deleted-executable", what=executable, why=why, hint="restart the program")]
-    return []
+        return [Blocker(kind="deleted-executable", what=what, why=why, hint="restart the program")]
+    return path_blockers(executable, what)
 
 
 def _notices(pid: int, stat: procfs.Stat) -> list[Notice]:
@@ -206,22 +223,21 @@ def own_vdso_digest() -> bytes:
 
 
 def cpu_flags() -> tuple[str, ...]:
-    for line in procfs.read("/proc/cpuinfo").decode().splitlines():
-        if line.startswith("flags"):
-            return tuple(sorted(line.partition(":")[2].split()))
-    return ()
+    """What programs may depend on here, each in a word: instructions, and the places of extended state."""
+    words = x86_64_features.program_words(procfs.read("/proc/cpuinfo").decode())
+    return tuple(sorted(words | x86_64_features.xstate_words()))
 
 
 def opened_files(inventory: Inventory, process: SourceProcess) -> list[FileRef]:
-    refs = (
-        regular_file.reference(d, process) for d in inventory.descriptors if regular_file.recognise(d)
-    )
+    """Those that can be told: a path that is no text is a blocker of its own."""
+    files = (d for d in inventory.descriptors if regular_file.recognise(d) and procfs.is_text(d.link))
+    refs = (regular_file.reference(d, process) for d in files)
     return [r for r in refs if r is not None]
 
 
 def directories(inventory: Inventory) -> tuple[str, ...]:
     opened = (d.link for d in inventory.descriptors if stat_module.S_ISDIR(d.mode))
-    return (inventory.cwd, *opened)
+    return tuple(path for path in (inventory.cwd, *opened) if procfs.is_text(path))
 
 
 def processes(measure: bool) -> Iterator[ProcessInfo]:

@@ -1,7 +1,7 @@
 """The address space as data: what is mapped where, and what must be done to turn one layout into another.
 
-Pure: no I/O. Both ends compute with it: the destination, what to map and unmap in the shadow; the source, from the same
-operations, which pages the destination has lost by it.
+Pure: no I/O. Both ends compute with it: the destination, what to map and unmap in the shadow; the source,
+from the same operations, which pages the destination has lost by it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Flag(enum.IntFlag):
 
 # flags that say what the mapping is; a change of one of them means another mapping
 IDENTITY = Flag.SHARED | Flag.GROWSDOWN | Flag.NORESERVE
-# advice that can be turned into the other but not taken back (madvise(2)): what has lost it is another mapping too
+# advice that no call takes back (madvise(2)), only turns into the other: what has lost it is another mapping
 LASTING = Flag.HUGEPAGE | Flag.NOHUGEPAGE
 
 
 class Mapping(msgspec.Struct, frozen=True, array_like=True):
-    """One mapping of the process. `file` is an index into the migration's table of files, -1 for anonymous memory."""
+    """One mapping of the process. `file` is an index into the migration's table of files; -1: anonymous."""
 
     start: int
     end: int
@@ -126,7 +126,7 @@ def _continues(first: Mapping, second: Mapping) -> bool:
 
 
 def difference(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[Operation]:
-    """What turns `old` into `new`: all unmaps first, then the rest in address order. Content of kept ranges stays."""
+    """What turns `old` into `new`: unmaps, then the rest in address order. Kept ranges keep their content."""
     if list(old) == list(new):
         return []
     edges = _boundaries((old, new))
@@ -166,7 +166,7 @@ def _join(unmaps: list[Unmap]) -> list[Unmap]:
 
 
 def find_gap(layouts: Iterable[Sequence[Mapping]], size: int, low: int, high: int) -> int:
-    """The lowest page-aligned address in [low, high) with `size` free bytes in all layouts. MemoryError if none."""
+    """The lowest page in [low, high) at which `size` bytes are free in all layouts. MemoryError if none."""
     position = low
     for mapping in sorted((m for layout in layouts for m in layout), key=lambda m: m.start):
         if mapping.start - position >= size:

@@ -1,16 +1,13 @@
-"""`migrate-agent`.
-
-What a host runs for `migrate`. Started over SSH or as a subprocess; speaks JSON lines, see agent/api.py.
-"""
+"""`migrate-agent`: what a host runs for `migrate`, which starts it over SSH or as a subprocess."""
 
 from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata
 
 import click
 
+from agent import version as versions
 from agent.api import PROTOCOL_VERSION
 
 
@@ -20,11 +17,44 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--idle-exit", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="End when unused so long.")
+@click.option("--verbose", "-v", count=True, help="Log what engines and agents say, not only states.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def serve(idle_exit: float | None, verbose: int, log_format: str) -> None:
+    """Be this host's service: an HTTP API on a unix socket, see `GET /v1/openapi.json` there.
+
+    The socket is /run/migrate/agent.sock, records are in /var/lib/migrate, of root; MIGRATE_AGENT_SOCKET and
+    MIGRATE_AGENT_STATE name others. Exits with 75 if there is one already.
+    """
+    from agent import launch
+    from agent.server import log, places, service
+
+    log.set_up(verbose, log_format)
+    program = launch.module("agent.main")
+    sys.exit(service.run(service.Settings(places=places.default(), program=program, idle_exit=idle_exit)))
+
+
+@main.command()
+def connect() -> None:
+    """Connect standard input and output to this host's service, which is started if need be.
+
+    `migrate` runs this over SSH. One that it starts ends when it was not used for 30 seconds.
+    """
+    from agent import launch
+    from agent.server import connect as connecting
+    from agent.server import places
+
+    argv, environment = launch.module("agent.main")
+    service = [*argv, "serve", "--idle-exit", str(connecting.IDLE_EXIT)]
+    sys.exit(connecting.bridge(places.default(), service, environment))
+
+
+@main.command()
 def source() -> None:
     """Check or move a process of this host: a Request on standard input, Events on standard output.
 
-    The end of standard input, a line {"abort": true}, SIGTERM, SIGINT or SIGHUP abort what has not been
-    committed.
+    The service starts one for each. The end of standard input, a line {"abort": true}, SIGTERM, SIGINT or
+    SIGHUP abort what has not been committed.
     """
     import asyncio
 
@@ -63,16 +93,23 @@ def ps(measure: bool) -> None:
 
 
 @main.command()
+@click.argument("pid", type=click.IntRange(1))
+@click.option("--resume", is_flag=True, help="If it is stopped (in doubt), let it go on: you know that no copy of it runs.")
+def cleanup(pid: int, resume: bool) -> None:
+    """Undo what an agent that was killed has left in process PID, and say what that was.
+
+    Nothing but the agent's own is touched. Exits with 75 for a process that an agent works on now, and for one
+    that is stopped in doubt. Needed only where front and engine were killed together, or after being in doubt.
+    """
+    from agent import cleanup as cleaning
+
+    sys.exit(cleaning.run(pid, resume=resume))
+
+
+@main.command()
 def version() -> None:
     """The installed version, and that of the protocol between the tool and the agent."""
-    click.echo(f"migrate-agent {_version()}, protocol {PROTOCOL_VERSION}")
-
-
-def _version() -> str:
-    try:
-        return metadata.version("migrate")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
+    click.echo(f"migrate-agent {versions.installed()}, protocol {PROTOCOL_VERSION}")
 
 
 if __name__ == "__main__":

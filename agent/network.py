@@ -8,7 +8,6 @@ the destination, the address is installed after COMMIT, then the sockets are act
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +36,7 @@ class SourceNetwork:
     def __init__(self) -> None:
         self.addresses: list[ServiceAddress] = []
         self.listeners: list[tcp.TcpListener] = []
+        self.connections: list[tcp.TcpConnection] = []  # outlines, for the destination to try
         self.blockers: list[Blocker] = []
         self.notices: list[Notice] = []
         self._capture: PacketCapture | None = None
@@ -44,8 +44,13 @@ class SourceNetwork:
         self._diag: SockDiag | None = None
         self._withdrawn = False
 
-    def plan(self, found: Inventory, process: SourceProcess, wanted: tuple[str, ...] | None) -> None:
-        """Which addresses the connections need, and why they could not move. Touches nothing."""
+    def plan(
+        self, found: Inventory, process: SourceProcess, wanted: tuple[str, ...] | None, reached_at: str | None
+    ) -> None:
+        """Which addresses the connections need, and why they could not move. Touches nothing.
+
+        `reached_at`, the address that whoever asks for it came by, stays in any case.
+        """
         needed: dict[str, str] = {}
         inodes: set[int] = set()
         for file in found.descriptors:
@@ -60,11 +65,15 @@ class SourceNetwork:
                 state = tcp.capture(ours)
                 if isinstance(state, tcp.TcpListener):
                     self.listeners.append(state)
+            else:
+                self.connections.append(tcp.outline(ours))
             if not _stays_valid(info.local.address):
                 needed.setdefault(info.local.address, file.name)
-        self._decide(needed, wanted, inodes)
+        self._decide(needed, wanted, [reached_at] if reached_at else [], inodes)
 
-    def _decide(self, needed: dict[str, str], wanted: tuple[str, ...] | None, inodes: set[int]) -> None:
+    def _decide(
+        self, needed: dict[str, str], wanted: tuple[str, ...] | None, staying: list[str], inodes: set[int]
+    ) -> None:
         chosen = list(needed) if wanted is None else list(wanted)
         for address, name in needed.items():
             if address not in chosen:
@@ -78,7 +87,7 @@ class SourceNetwork:
                 )
         if not chosen:
             return
-        self.blockers += service_address.takeover_blockers(chosen, _link_addresses(), inodes)
+        self.blockers += service_address.takeover_blockers(chosen, staying, inodes)
         if not self.blockers:
             self.addresses = service_address.find(chosen)
 
@@ -93,8 +102,8 @@ class SourceNetwork:
             self._capture.start()
 
     def lock(self, fds: list[int]) -> None:
-        self._locked = fds
         for fd in fds:
+            self._locked.append(fd)
             tcp.lock(fd)
 
     def busy(self) -> bool:
@@ -108,22 +117,28 @@ class SourceNetwork:
                 return True
         return False
 
-    def unlock(self, give_back: bool = True) -> None:
-        """Roll back: every socket as it was, and what arrived meanwhile arrives now.
+    def unlock(self) -> None:
+        """Roll back: every socket as it was, and what arrived meanwhile arrives now. Each step is done, whatever fails."""
+        with contextlib.ExitStack() as steps:
+            if self._capture is not None:
+                steps.callback(self._replay, self._capture)
+            if self._withdrawn:
+                for address in self.addresses:
+                    steps.callback(service_address.restore, address)
+            while self._locked:
+                steps.callback(tcp.release, self._locked.pop())
+        self._withdrawn = False
 
-        Without `give_back` a withdrawn address stays withdrawn: another host may have it.
-        """
-        for fd in self._locked:
-            tcp.release(fd)
-        self._locked = []
-        if self._withdrawn and give_back:
-            for address in self.addresses:
-                service_address.restore(address)
-            self._withdrawn = False
-        if self._capture is not None and give_back:
-            self._capture.stop()
-            with contextlib.suppress(OSError, ValueError):  # their senders repeat them
-                replay(self._capture.drain(), [a.address for a in self.addresses])
+    def _replay(self, capture: PacketCapture) -> None:
+        capture.stop()
+        with contextlib.suppress(OSError, ValueError):  # their senders repeat them
+            replay(capture.drain(), [a.address for a in self.addresses])
+
+    def give_up(self) -> None:
+        """In doubt: another host may have the connections. They stay locked, and the addresses away from here."""
+        if not self._withdrawn:
+            self.withdraw()
+        self._locked.clear()
 
     def release(self) -> None:
         self.unlock()
@@ -152,12 +167,6 @@ def _stays_valid(address: str) -> bool:
     return address in ("0.0.0.0", "::", "") or address.startswith("127.") or address == "::1"
 
 
-def _link_addresses() -> list[str]:
-    """The address that this agent was reached at."""
-    words = os.environ.get("SSH_CONNECTION", "").split()
-    return words[2:3]
-
-
 class DestinationNetwork:
     """The destination's part."""
 
@@ -167,7 +176,12 @@ class DestinationNetwork:
         self._announcer: Announcer | None = None
         self._injector: Injector | None = None
 
-    def check(self, addresses: tuple[ServiceAddress, ...], listeners: tuple[tcp.TcpListener, ...]) -> list[Blocker]:
+    def check(
+        self,
+        addresses: tuple[ServiceAddress, ...],
+        listeners: tuple[tcp.TcpListener, ...],
+        connections: tuple[tcp.TcpConnection, ...] = (),
+    ) -> list[Blocker]:
         """Why this host could not have them; remembers where each address goes."""
         found: list[Blocker] = []
         for address in addresses:
@@ -176,7 +190,8 @@ class DestinationNetwork:
                 found.append(place)
             else:
                 self._places.append((address, place))
-        found += [b for b in (tcp.can_listen(one) for one in listeners) if b is not None]
+        asked = [*(tcp.can_listen(one) for one in listeners), *(tcp.can_connect(one) for one in connections)]
+        found += [b for b in asked if b is not None]
         if self._places:
             self._announcer, self._injector = Announcer(), Injector()
         return found

@@ -11,14 +11,17 @@
     NewFiles, Layout, Discard, pages ... ->  pre-copy; each round ends in
     RoundEnd          ------------------->
                       <-------------------   RoundDone
-                          (source frozen)    the same messages once more, then
-    Rebuild           ------------------->   everything but memory
+                          (source frozen)
+    Rebuild           ------------------->   the process and its descriptors
+    Layout, Discard, pages ... ----------->   once more, while the destination rebuilds
+    Threads ...       ------------------->   as they are captured
+    Complete          ------------------->
                       <-------------------   Ready: rebuilt to the last register, still stopped
     Verify            ------------------->   optional; any number
                       <-------------------   Verified
     Commit            ------------------->   the point of no return
                       <-------------------   Live
-    Packets ...       ------------------->   what arrived for it while it was frozen
+    Late ...          ------------------->   packets and signals that arrived for it while it was frozen
                       <-------------------   Done
 
 At any time before Commit either end may close the link, or send Failed, and the migration is off. A version speaks with
@@ -27,6 +30,7 @@ itself and the one before; the Offer carries it.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import time
@@ -40,9 +44,9 @@ from agent.descriptors import Descriptor
 from agent.layout import Mapping
 from agent.resources.files import FileRef
 from agent.resources.service_address import ServiceAddress
-from agent.resources.tcp import TcpListener
+from agent.resources.tcp import TcpConnection, TcpListener
 from agent.shadow import Special
-from agent.state import ProcessState
+from agent.state import ProcessState, ThreadState
 from transport import frames
 from transport.codec import Decoder
 from transport.frames import Kind, LinkClosed, ProtocolError
@@ -64,6 +68,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     limits: tuple[tuple[int, int], ...]
     directories: tuple[str, ...]  # cwd and opened directories
     listeners: tuple[TcpListener, ...]
+    connections: tuple[TcpConnection, ...] = ()  # outlines: nothing in their queues
     addresses: tuple[ServiceAddress, ...]
 
 
@@ -73,6 +78,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     blockers: tuple[Blocker, ...]
     notices: tuple[Notice, ...]
     missing: tuple[str, ...]  # files to be sent
+    unshared: tuple[str, ...]  # files that the destination has, or will have, for itself
 
 
 class FileData(msgspec.Struct, frozen=True, kw_only=True, tag="file-data"):
@@ -131,10 +137,20 @@ class RoundDone(msgspec.Struct, frozen=True, tag="round-done"):
 
 
 class Rebuild(msgspec.Struct, frozen=True, kw_only=True, tag="rebuild"):
+    """Everything but memory and the threads after the first."""
+
     process: ProcessState
     descriptors: list[Descriptor]
     monotonic_at_freeze: int  # of the process, nanoseconds: its clock must not be behind this when it goes on
     leave_stopped: bool
+
+
+class Threads(msgspec.Struct, frozen=True, tag="threads"):
+    threads: list[ThreadState]
+
+
+class Complete(msgspec.Struct, frozen=True, tag="complete"):
+    """All pages and threads were sent."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -160,7 +176,9 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True, tag="verified"):
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
-    pass
+    """`signals`: (thread, 0 for the process; siginfo) that were queued since the Rebuild was sent."""
+
+    signals: list[tuple[int, bytes]]
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True, tag="live"):
@@ -168,8 +186,11 @@ class Live(msgspec.Struct, frozen=True, kw_only=True, tag="live"):
     address_moved: tuple[str, ...]
 
 
-class Packets(msgspec.Struct, frozen=True, tag="packets"):
+class Late(msgspec.Struct, frozen=True, tag="late"):
+    """What still arrived at the source: packets for the addresses, and signals as in Commit."""
+
     packets: list[bytes]
+    signals: list[tuple[int, bytes]]
     last: bool
 
 
@@ -197,12 +218,14 @@ Message = (
     | RoundEnd
     | RoundDone
     | Rebuild
+    | Threads
+    | Complete
     | Ready
     | Verify
     | Verified
     | Commit
     | Live
-    | Packets
+    | Late
     | Done
     | Failed
 )
@@ -237,21 +260,39 @@ class Link:
         self._socket = sock
         self._decoder = Decoder()
         self.bytes_sent = 0
+        self.sending_s = 0.0  # that the link took no more data
 
     def send(self, message: Message) -> None:
         self._write(frames.encode(Kind.MESSAGE, _encoder.encode(message)))
 
-    def send_pages(self, kind: Kind, ranges: Sequence[tuple[int, int]], data: bytes, raw_size: int) -> None:
-        self._write(frames.encode(kind, frames.encode_ranges(ranges) + data, raw_size))
+    def send_pages(
+        self, kind: Kind, ranges: Sequence[tuple[int, int]], data: bytes | memoryview, raw_size: int
+    ) -> None:
+        table = frames.encode_ranges(ranges)
+        self._write(frames.header(kind, (table, data), raw_size), table, data)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, *parts: bytes | memoryview) -> None:
+        """All of the parts, without joining them first: pages are not copied again."""
+        began = time.perf_counter()
+        rest = [memoryview(part) for part in parts]
+        self.bytes_sent += sum(map(len, rest))
         try:
-            self._socket.sendall(data)
+            while rest:
+                rest = _without(rest, self._socket.sendmsg(rest))
         except TimeoutError:
             raise LinkClosed("the link takes no more data: it is stalled") from None
         except OSError as error:
+            self._hear_why()
             raise LinkClosed(f"the link broke: {error.strerror}") from error
-        self.bytes_sent += len(data)
+        self.sending_s += time.perf_counter() - began
+
+    def _hear_why(self) -> None:
+        """PeerFailed if the other end said why before it went."""
+        with contextlib.suppress(LinkClosed, ProtocolError):
+            while self.readable():
+                message = self.receive()
+                if isinstance(message, Failed):
+                    raise PeerFailed(message)
 
     def receive(self) -> Message | Pages:
         header, body = frames.read_frame(self._read)
@@ -297,6 +338,15 @@ class Link:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _without(parts: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of the parts after their first `count` bytes."""
+    while parts and count >= len(parts[0]):
+        count -= len(parts.pop(0))
+    if count:
+        parts[0] = parts[0][count:]
+    return parts
 
 
 def _decode(body: memoryview) -> Message:

@@ -6,32 +6,40 @@ longer have is gone; a mapping that the scan did not see yet is not watched, and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from agent import layout as layouts
-from agent import protocol
+from agent import protocol, scratch
 from agent.api import Round
 from agent.descriptors import SourceProcess
-from agent.kernel import pidfd, procfs, ptrace, userfaultfd
+from agent.dirty_tracking import Mechanism, mechanism, tracker
+from agent.halt import Halt
+from agent.kernel import pidfd, procfs, userfaultfd
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.memory import RemoteMemory
 from agent.kernel.procfs import MapsLine
 from agent.layout import Mapping
 from agent.pageset import PageSet, Range, pages_in
 from agent.protocol import Link
-from agent.resources import mappings, signals, threads
+from agent.resources import mappings
 from agent.resources.mappings import FileTable
+from agent.resources.waits import History
 from agent.sender import PageSender
-from agent.tracee import SCRATCH_SIZE, Tracee, stop
+from agent.tracee import SCRATCH_SIZE, Tracee
 from agent.tracking import Scan, Tracker, intersection, merged
+from agent.unmovable import Unmovable
+from agent.visit import Caller, visit
 from transport.codec import Encoder
 
-_STOP_SECONDS: Final = 2.0
+_MADV_DONTNEED: Final = 4
 _UFFD_FLAGS: Final = os.O_CLOEXEC | userfaultfd.UFFD_USER_MODE_ONLY
 
 
@@ -56,6 +64,7 @@ class Rounds:
         self.memory = RemoteMemory(self.pid)
         self.tracee = Tracee(self.pid, self.memory, fragile=True)
         self.files = files
+        self.encoder = encoder
         self.sender = PageSender(self.memory, link, encoder)
         self.history: list[Round] = []
         self.pending: Pending | None = None
@@ -64,16 +73,31 @@ class Rounds:
         self._files_sent = len(files.refs)
         self.link = link
         self._tracker: Tracker | None = None
+        self._halt = Halt(self.pid, self.memory)
+        self._first_stop_ms = 0.0
         self._lines: list[MapsLine] = []
         self._known: dict[int, MapsLine] = {}
         self._excluded: list[Range] = []
         self._scanned_at = 0.0
-        self.syscall_at = 0
         self.guards: list[Range] = []
+        self._present: list[Range] = []
+        self._background = ThreadPoolExecutor(1)
+        self._executed = False
+        self._flags: Future[bytes] | None = None
 
     @property
     def incremental(self) -> bool:
         return self._tracker is not None and self._tracker.incremental
+
+    @property
+    def longest_stop_ms(self) -> float:
+        """The longest time that it stood still for us in pre-copy."""
+        return max(self._first_stop_ms, self._halt.longest_ms)
+
+    @property
+    def waits(self) -> History:
+        """Waits of its threads that stops in pre-copy interrupted."""
+        return self._halt.waits
 
     @property
     def tracker(self) -> Tracker:
@@ -89,74 +113,56 @@ class Rounds:
         """End the tracking; the process is not watched any more. Idempotent."""
         if self._tracker is not None:
             self._tracker.close()
+        self._background.shutdown()
         self.memory.close()
 
     # --- the one stop before the freeze ---
 
-    def start_tracking(self) -> float:
-        """Map the scratch and get a userfaultfd of the process; milliseconds that its first thread stood still."""
+    def start_tracking(self) -> None:
+        """Map the scratch, and get a userfaultfd of the process where that is the way to follow its writes."""
         lines = procfs.maps(self.pid)
-        self.syscall_at = self._find_syscall(lines)
-        self._excluded = [(s.start, s.end) for s in mappings.specials(lines)]
+        self._excluded = [(m.start, m.end) for m in mappings.specials(lines)]
+        address = scratch.choose(lines)
+        caller = Caller(self.pid, self.memory, self.tracee.adrift)
         began = time.perf_counter()
-        ptrace.seize(self.pid)
         uffd = None
         try:
-            stop([self.pid], time.monotonic() + _STOP_SECONDS)
-            uffd = self._inject()
+            with visit(caller) as tid:
+                scratch.install(self.tracee, partial(caller.call, tid), address)
+                uffd = self._inject(tid, caller.place or (0, 0))
         finally:
-            self._let_go()
-            stopped = time.perf_counter() - began
+            self._first_stop_ms = (time.perf_counter() - began) * 1000
         if uffd is not None:
             userfaultfd.handshake(uffd)
-        self._tracker = Tracker(self.pid, uffd)
+        self._tracker = tracker(self.pid, uffd, self._halt)
         self._excluded = sorted([*self._excluded, self.scratch])
-        return stopped * 1000
 
-    def _find_syscall(self, lines: list[MapsLine]) -> int:
-        """A syscall instruction of the process: the vDSO has one, else some other text."""
-        candidates = sorted(lines, key=lambda m: m.name != "[vdso]")
-        for line in candidates:
-            if line.protection & procfs.PROT_EXEC and line.name != "[vsyscall]":
-                found = arch.find_syscall(self.memory.read(line.start, min(line.end - line.start, 1 << 22)))
-                if found is not None:
-                    return line.start + found
-        raise RuntimeError("the process has no syscall instruction")
-
-    def _inject(self) -> int | None:
-        self.tracee.map_scratch(self.pid, self.syscall_at)
+    def _inject(self, tid: int, frame: Range) -> int | None:
+        """Our duplicate of a userfaultfd of the process; `frame`, which is not needed any more, is given back."""
         batch = self.tracee.batch()
-        batch.call("userfaultfd", arch.NR_userfaultfd, _UFFD_FLAGS, optional=True)
-        theirs = self.tracee.run(self.pid, batch).results[0]
-        if theirs < 0:
+        if mechanism() is Mechanism.USERFAULTFD:
+            batch.call("userfaultfd", arch.NR_userfaultfd, _UFFD_FLAGS, optional=True)
+        batch.call("madvise", arch.NR_madvise, frame[0], frame[1] - frame[0], _MADV_DONTNEED, optional=True)
+        theirs, *others = self.tracee.run(tid, batch).results
+        if not others or theirs < 0:
             return None
         ours = pidfd.getfd(self.process.pidfd, theirs)
         batch = self.tracee.batch()
         batch.call("close", arch.NR_close, theirs)
-        self.tracee.run(self.pid, batch)
+        self.tracee.run(tid, batch)
         return ours
-
-    def _let_go(self) -> None:
-        """Resume the first thread as if nothing had happened."""
-        pending = signals.mask_of(signals.pending_of_process(self.pid)) | signals.mask_of(
-            signals.pending_of_thread(self.pid)
-        )
-        ptrace.set_registers(self.pid, threads.settled_registers(self.pid, self.memory, pending))
-        ptrace.detach(self.pid)
 
     def remove_scratch(self) -> None:
         """Roll back what `start_tracking` left in the running process. Nothing if it is gone."""
-        if not self.tracee.scratch:
-            return
         try:
-            ptrace.seize(self.pid)
-            try:
-                stop([self.pid], time.monotonic() + _STOP_SECONDS)
-                self.tracee.unmap_scratch(self.pid, self.syscall_at)
-            finally:
-                self._let_go()
+            if not scratch.find(self.pid, self.memory):
+                return
+            caller = Caller(self.pid, self.memory, self.tracee.adrift)
+            with visit(caller) as tid:
+                scratch.remove(self.pid, self.memory, partial(caller.call, tid))
         except ProcessLookupError:
-            self.tracee.scratch = 0
+            pass
+        self.tracee.scratch = self.tracee.code = 0
 
     # --- rounds ---
 
@@ -193,13 +199,16 @@ class Rounds:
             self._lines = lines
             lines = procfs.smaps(self.pid)
             self.tracker.watch(lines)
-            blockers = mappings.blockers(lines, self.scratch)
-            if blockers:
-                raise RuntimeError(f"{blockers[0].what} appeared: {blockers[0].why}")
-            self._known = {line.start: line for line in lines}
             self._set_layout(lines)
 
     def _set_layout(self, lines: list[MapsLine]) -> None:
+        """The mappings as smaps shows them; Unmovable if one came that cannot be moved."""
+        for blocker in mappings.blockers(lines, self.scratch):
+            raise Unmovable(blocker.kind, f"{blocker.what}: {blocker.why}")
+        self._known = {line.start: line for line in lines}
+        self._describe_layout(lines)
+
+    def _describe_layout(self, lines: list[MapsLine]) -> None:
         self.layout = layouts.merge(mappings.layout(lines, self.files, self._known, self.scratch))
 
     def _pending(self, found: Scan, seconds: float) -> Pending:
@@ -209,9 +218,13 @@ class Rounds:
     def send(self, number: int, pending: Pending, dirty_rate: float, paced: Callable[[int, int], None]) -> Round:
         """One round: layout, discards, pages; done when the destination says so."""
         began, bytes_before = time.monotonic(), self.link.bytes_sent
+        sending_before = self.link.sending_s
         sent, discarded = self.send_memory(pending, False, paced)
+        sent_at, sending = time.monotonic(), self.link.sending_s - sending_before
         self.link.send(protocol.RoundEnd(number))
         self.link.expect(protocol.RoundDone)
+        # what was in buffers when all was sent counts too: that is the time until the last byte was dealt with
+        self.encoder.observe(self.link.bytes_sent - bytes_before, sending + time.monotonic() - sent_at)
         round_ = Round(
             number=number,
             pages_sent=sent,
@@ -254,16 +267,61 @@ class Rounds:
 
     # --- in the freeze ---
 
+    def program_changed(self) -> bool:
+        """Whether the address space is another than the one that we watched, by execve(2); nothing of ours is in it then.
+
+        An open /proc/PID/mem stays with the old one, where our code was, and reads nothing once that is gone.
+        """
+        if self.tracee.code and not self._code_is_there():
+            self._executed = True
+            self.memory.close()
+            self.tracee.scratch = self.tracee.code = 0
+            with contextlib.suppress(OSError):  # it has ended
+                self.memory = self.tracee.memory = RemoteMemory(self.pid)
+        return self._executed
+
+    def _code_is_there(self) -> bool:
+        code = self.tracee.runner_code()
+        try:
+            return self.memory.read(self.tracee.code, len(code)) == code
+        except OSError:
+            return False
+
     def last(self) -> Pending:
         """What is left to send of a frozen process: the last scan, together with what a round still owed."""
-        self._look_at_mappings()
+        lines = procfs.maps(self.pid)
+        if lines != self._lines:
+            self._lines = lines
+            self._flags = self._background.submit(procfs.read_smaps, self.pid)
+            self._describe_layout(lines)
         found = self.tracker.scan(self._file_ranges(), self._excluded, protect=False)
+        self._present = found.present
         self.guards = found.guards
         result = Pending(found.written, PageSet(found.present), time.monotonic() - self._scanned_at)
         owed = self.pending.written if self.pending is not None else []
         if owed:
             result.written = merged([*result.written, *intersection(owed, found.present)])
         return result
+
+    def settle_flags(self) -> int:
+        """After the pages: where mappings changed since the last round, their flags are only known by now.
+
+        What turns out to be another kind of mapping is made anew, and its pages are sent again; how many.
+        """
+        if self._flags is None:
+            return 0
+        assumed = self.layout
+        self._set_layout(procfs.parse_smaps(self._flags.result()))
+        self._flags = None
+        operations = layouts.difference(assumed, self.layout)
+        self.announce_layout()
+        anew = [(o.mapping.start, o.mapping.end) for o in operations if isinstance(o, layouts.Map)]
+        sent, _ = self.sender.send(intersection(self._present, merged(anew)), self.layout, True, unpaced)
+        return sent
+
+
+def unpaced(pages: int, sent: int) -> None:
+    """Nothing paces the freeze."""
 
 
 def _held_ranges(held: PageSet, ranges: list[Range]) -> list[Range]:

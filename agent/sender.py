@@ -16,6 +16,7 @@ from transport.codec import Encoder
 
 CHUNK: Final = 512 * 1024
 _ZERO: Final = bytes(PAGE)
+_WINDOW: Final = 8 * 1024 * 1024
 
 
 class Vanished(Exception):
@@ -32,6 +33,7 @@ class PageSender:
         self._buffer = bytearray(CHUNK)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer))
         self.held = PageSet()  # pages that the destination has with content
+        self._observed = (0, 0.0)  # bytes and seconds of the link, at the last look
         self.last = False
         self.drop: int | None = None  # for the test that proves --verify able to fail
 
@@ -44,6 +46,7 @@ class PageSender:
         the time it is read: it is skipped, the next scan tells. From a frozen one that is Vanished.
         """
         sent, zeros = 0, PageSet()
+        self._observed = (self._link.bytes_sent, self._link.sending_s)
         self.last = frozen
         files, anonymous = _split(ranges, layout)
         for group, keep_zeros in ((anonymous, False), (files, True)):
@@ -51,8 +54,16 @@ class PageSender:
                 before = self._link.bytes_sent
                 found = self._send_chunk(self._read(part, frozen), keep_zeros, zeros)
                 sent += found
+                self._observe()
                 paced(pages_in(part), self._link.bytes_sent - before)
         return sent, zeros.ranges()
+
+    def _observe(self) -> None:
+        """In a long round: how fast the link is by now."""
+        sent, seconds = self._link.bytes_sent - self._observed[0], self._link.sending_s - self._observed[1]
+        if sent >= _WINDOW:
+            self._encoder.observe(sent, seconds)
+            self._observed = (self._link.bytes_sent, self._link.sending_s)
 
     def _read(self, part: list[Range], frozen: bool) -> list[Range]:
         """Read what can be read into the buffer; the ranges that were."""

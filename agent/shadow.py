@@ -8,7 +8,9 @@ the freeze; credentials and rseq last, since each of them takes something away f
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import resource
 import signal
 import socket
 import struct
@@ -19,12 +21,16 @@ from typing import Final
 import msgspec
 
 from agent import layout, spawn
+from agent.api import Notice
+from agent.descriptors import Refusal
 from agent.kernel import clone, procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE
 from agent.kernel.memory import IOV_MAX, MemoryFault, RemoteMemory, address_of
 from agent.layout import Flag, Mapping
-from agent.tracee import SCRATCH_SIZE, Batch, Tracee, wait_event_stop
+from agent.pageset import PageSet
+from agent.resources import signals
+from agent.tracee import CODE, SCRATCH_SIZE, Batch, Outcome, Tracee, wait_event_stop
 
 MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02
@@ -73,12 +79,15 @@ class Shadow(Tracee):
         self.layout: list[Mapping] = []
         self.threads: dict[int, int] = {}  # the process's own number -> as we see it
         self._born: list[int] = []
+        self._locking: list[tuple[int, int, int]] = []  # mlock2 calls of a batch: index, start, end
 
     # --- birth ---
 
     def settle(self, own_pid: int, code: int, seed_at: int, specials: Sequence[Special], planned: list[Mapping]) -> None:
         """Leave the seed: a scratch of our own, nothing else mapped but the vDSO, at the source's addresses."""
         self.threads = {own_pid: self.pid}
+        _, hard = resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK)
+        resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK, (hard, hard))
         self.adopt_scratch(seed_at, code)
         occupied = [Mapping(m.start, m.end, 0) for m in procfs.maps(self.pid)]
         reserved = [Mapping(s.start, s.end, 0) for s in specials]
@@ -93,7 +102,7 @@ class Shadow(Tracee):
         self.run(self.pid, batch)
         code = self.runner_code()
         buffer = ctypes.create_string_buffer(code, len(code))
-        self.memory.write_from(ctypes.addressof(buffer), [(home, home + len(code))])
+        self.memory.write_from(ctypes.addressof(buffer), [(home + CODE, home + CODE + len(code))])
         batch = self.batch()
         batch.call("protect scratch", arch.NR_mprotect, home, PAGE, 5)
         self.run(self.pid, batch)
@@ -179,9 +188,10 @@ class Shadow(Tracee):
         received = dict(zip(files, self.receive([open_file(f) for f in files]), strict=True))
         for first in range(0, len(operations), 256):
             batch = self.batch()
+            self._locking.clear()
             for operation in operations[first : first + 256]:
                 self._apply(batch, operation, received)
-            self.run(self.pid, batch)
+            self._check_locked(self.run(self.pid, batch))
         batch = self.batch()
         for fd in received.values():
             batch.call("close", arch.NR_close, fd)
@@ -220,16 +230,30 @@ class Shadow(Tracee):
         self._advise(batch, m.start, m.end, Flag(0), Flag(m.flags) & ~layout.IDENTITY)
 
     def _advise(self, batch: Batch, start: int, end: int, before: Flag, after: Flag) -> None:
-        for flag, (setting, clearing) in ADVICE.items():
-            if (before ^ after) & flag:
-                advice = setting if after & flag else clearing
-                batch.call(f"madvise {start:#x}", arch.NR_madvise, start, end - start, advice, optional=True)
-        if (before ^ after) & (Flag.LOCKED | Flag.LOCKONFAULT):
+        changed = before ^ after
+        cleared = [clearing for flag, (_, clearing) in ADVICE.items() if changed & before & flag]
+        set_ = [setting for flag, (setting, _) in ADVICE.items() if changed & after & flag]
+        for advice in (*cleared, *set_):  # what clears one may clear another too (MADV_NORMAL)
+            batch.call(f"madvise {start:#x}", arch.NR_madvise, start, end - start, advice, optional=True)
+        if changed & (Flag.LOCKED | Flag.LOCKONFAULT):
             if after & Flag.LOCKED:
                 on_fault = 1 if after & Flag.LOCKONFAULT else 0
-                batch.call(f"mlock {start:#x}", arch.NR_mlock2, start, end - start, on_fault)
+                call = batch.call(f"mlock {start:#x}", arch.NR_mlock2, start, end - start, on_fault, optional=True)
+                self._locking.append((call, start, end))
             else:
                 batch.call(f"munlock {start:#x}", arch.NR_munlock, start, end - start)
+
+    def _check_locked(self, outcome: Outcome) -> None:
+        """mlock2(2) says ENOMEM also where it has locked memory that cannot be touched, such as a PROT_NONE guard."""
+        failed = [(outcome.results[call], start, end) for call, start, end in self._locking if outcome.results[call]]
+        if not failed:
+            return
+        locked = PageSet([(m.start, m.end) for m in procfs.smaps(self.pid) if "lo" in m.vmflags])
+        for result, start, end in failed:
+            if result != -errno.ENOMEM or PageSet([(start, end)]).without(locked).ranges():
+                limit, _ = resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK)
+                why = f"{os.strerror(-result)}; without CAP_IPC_LOCK, {limit} bytes may be locked"
+                raise Refusal("memory-lock", f"memory at {start:#x}-{end:#x} cannot be locked: {why}")
 
     # --- pages ---
 
@@ -276,25 +300,23 @@ class Shadow(Tracee):
 
     # --- threads ---
 
-    def make_threads(self, wanted: Sequence[tuple[int, int]]) -> None:
-        """Threads under their numbers: (tid, clear_child_tid) each; those that are not wanted any more are ended."""
-        keep = {tid for tid, _ in wanted}
-        for tid in [t for t in self.threads if t not in keep]:
+    def make_threads(self, wanted: Sequence[int]) -> None:
+        """Threads under their numbers, with nothing to do yet; those that are not wanted any more are ended."""
+        for tid in set(self.threads) - set(wanted):
             self._end_thread(tid)
-        missing = [(tid, clear) for tid, clear in wanted if tid not in self.threads]
+        missing = [tid for tid in wanted if tid not in self.threads]
         for first in range(0, len(missing), 256):
             self._clone(missing[first : first + 256])
 
-    def _clone(self, missing: Sequence[tuple[int, int]]) -> None:
+    def _clone(self, missing: Sequence[int]) -> None:
         batch = self.batch()
-        for tid, clear in missing:
+        for tid in missing:
             number = batch.put(struct.pack("<i", tid))
-            flags = clone.THREAD | clone.CLONE_CHILD_CLEARTID
-            arguments = batch.put(clone.clone_args(flags, number, child_tid=clear))
+            arguments = batch.put(clone.clone_args(clone.THREAD, number))
             batch.call(f"clone3 {tid}", arch.NR_clone3, arguments, clone.CLONE_ARGS_SIZE)
         self._born = []
         self.run(self.pid, batch)
-        for (tid, _), seen_as in zip(missing, self._born, strict=True):
+        for tid, seen_as in zip(missing, self._born, strict=True):
             wait_event_stop(seen_as, time.monotonic() + 5)
             self.threads[tid] = seen_as
 
@@ -306,10 +328,6 @@ class Shadow(Tracee):
         seen_as = self.threads.pop(tid)
         registers = ptrace.get_registers(seen_as)
         at = self.code + arch.find_syscall_offset(self.runner_code())
-        # its clear_child_tid must not be cleared: the process's own word may live there now
-        ptrace.set_registers(seen_as, arch.syscall_registers(registers, at, arch.NR_set_tid_address, (0,)))
-        ptrace.singlestep(seen_as)
-        ptrace.wait(seen_as)
         ptrace.set_registers(seen_as, arch.syscall_registers(registers, at, arch.NR_exit, (0,)))
         ptrace.cont(seen_as)
         os.waitpid(seen_as, ptrace.WALL)
@@ -350,6 +368,45 @@ class Shadow(Tracee):
                     return line.start + found
         raise RuntimeError("the shadow has no syscall instruction")
 
+    def queue_signals(self, queue: Sequence[tuple[int, bytes]]) -> list[Notice]:
+        """Signals that came after the state was captured: (thread, 0 for the process; siginfo). The scratch is gone."""
+        if not queue:
+            return []
+        at = self._syscall_at()
+        own_pid = next(own for own, seen_as in self.threads.items() if seen_as == self.pid)
+        return [n for own, siginfo in queue for n in self._queue(at, own_pid, own, siginfo)]
+
+    def _queue(self, at: int, own_pid: int, own: int, siginfo: bytes) -> list[Notice]:
+        """The task queues it to itself, as only it may (rt_sigqueueinfo(2)); the siginfo lies on its stack meanwhile."""
+        number = signals.number_of(siginfo)
+        try:
+            tid = self.threads[own or own_pid]
+            place = (ptrace.get_registers(tid).rsp - 1) // PAGE * PAGE
+            before = self.memory.read(place, len(siginfo))
+            self.memory.write(place, siginfo)
+            try:
+                if own:
+                    arguments = (own_pid, own, number, place)
+                    self.single_syscall(tid, at, "rt_tgsigqueueinfo", arch.NR_rt_tgsigqueueinfo, *arguments)
+                else:
+                    self.single_syscall(tid, at, "rt_sigqueueinfo", arch.NR_rt_sigqueueinfo, own_pid, number, place)
+            finally:
+                self.memory.write(place, before)
+        except (OSError, KeyError) as error:
+            return [_signal_lost(number, error)]
+        return []
+
+    def send_signals(self, queue: Sequence[tuple[int, bytes]]) -> list[Notice]:
+        """Signals that came even later, to the living process: their sender is shown as this agent."""
+        lost: list[Notice] = []
+        for own, siginfo in queue:
+            number = signals.number_of(siginfo)
+            try:
+                signals.send(self.pid, self.threads[own] if own else 0, siginfo)
+            except (OSError, KeyError) as error:
+                lost.append(_signal_lost(number, error))
+        return lost
+
     def release(self, leave_stopped: bool) -> None:
         """Let it live: all threads are detached. With `leave_stopped` it is stopped as by SIGSTOP."""
         if leave_stopped:
@@ -376,3 +433,7 @@ class Shadow(Tracee):
                 continue
         self.memory.close()
         self._channel.close()
+
+
+def _signal_lost(number: int, error: Exception) -> Notice:
+    return Notice(kind="signal-lost", message=f"signal {number}, sent in the pause, could not be delivered: {error}")

@@ -39,13 +39,15 @@ from agent.api import (
 )
 from agent.clocks import measure_delta
 from agent.descriptors import SourceProcess
+from agent.dirty_tracking import mechanism
 from agent.freeze import FrozenProcess
-from agent.kernel import pagemap, procfs, userfaultfd
+from agent.kernel import procfs
 from agent.network import SourceNetwork
 from agent.precopy import Convergence, Decision, Measured
 from agent.protocol import Link, PeerFailed
-from agent.resources.files import read_chunks
+from agent.resources.files import FileRef, read_chunks, stamp
 from agent.rounds import Rounds
+from agent.unmovable import Unmovable
 from agent.verify import verify
 from transport.codec import Encoder
 from transport.frames import LinkClosed, ProtocolError
@@ -53,14 +55,6 @@ from transport.frames import LinkClosed, ProtocolError
 Emit = Callable[[Event], None]
 
 FIXED_COST_MS = 15.0  # of a freeze before this migration has measured anything
-
-
-_KERNEL_TOO_OLD = ApiBlocker(
-    kind="kernel-too-old",
-    what="this host's kernel",
-    why="it has no PAGEMAP_SCAN, by which changed pages are found",
-    hint="run Linux 6.7 or newer",
-)
 
 
 class Refused(Exception):
@@ -96,6 +90,10 @@ class Migration:
         self.frozen: FrozenProcess | None = None
         self.rounds: Rounds | None = None
         self.network = SourceNetwork()
+        self.dirty_rate = 0.0  # bytes per second, as last measured
+        self._opened: list[FileRef] = []
+        self._missing: tuple[str, ...] = ()
+        self._unshared: frozenset[str] = frozenset()  # paths that the destination compared by content
         self.report = Report(
             outcome=Outcome.REFUSED,
             source=Endpoint(host=platform.node(), pid=request.pid),
@@ -128,26 +126,32 @@ class Migration:
             self.frozen.leave_in_doubt()
             self._finish(Outcome.IN_DOUBT, error, kind, where)
             return
+        if self.rounds is not None and self.rounds.program_changed():
+            error = Unmovable("process-executed", "it made itself another program (execve)")
         self._roll_back()
-        ended = self._ended_by_itself()
-        if ended:
-            error, kind, where = RuntimeError(ended), "process-ended", "source"
+        if self.process is not None and _exited(self.process.pidfd):
+            error = Unmovable("process-ended", f"process {self.request.pid} ended by itself during the migration")
+        kind, where = _classify(error)
         self._finish(Outcome.ROLLED_BACK if touched else Outcome.REFUSED, error, kind, where)
         if not isinstance(error, Exception):
             raise error
 
-    def _ended_by_itself(self) -> str:
-        if self.process is None or not _exited(self.process.pidfd):
-            return ""
-        return f"process {self.request.pid} ended by itself during the migration"
-
     def _roll_back(self) -> None:
+        """Each step is done, whatever the others raise: what fails is said, and the report comes in any case."""
+        steps: list[tuple[str, Callable[[], None]]] = []
         if self.frozen is not None:
-            self.frozen.thaw()
-        self.network.release()
+            steps.append(("resuming the process", self.frozen.thaw))
+        steps.append(("letting the network go", self.network.release))
         if self.rounds is not None:
-            self.rounds.remove_scratch()
-            self.rounds.close()
+            steps += [("removing the scratch", self.rounds.remove_scratch), ("closing", self.rounds.close)]
+        steps.append(("telling the destination", self._tell_off))
+        for what, step in steps:
+            try:
+                step()
+            except Exception as error:
+                self.emit(Log(level="error", message=f"rolling back, {what}: {_message(error)}"))
+
+    def _tell_off(self) -> None:
         with contextlib.suppress(LinkClosed):
             self.link.send(protocol.Failed("rolled-back", "the source gave up"))
 
@@ -169,6 +173,7 @@ class Migration:
             error=info,
             blockers=blockers,
             bytes_sent=self.link.bytes_sent,
+            longest_stop_ms=self._longest_stop_ms(),
             total_s=round(time.monotonic() - self.started, 4),
         )
         if self.request.operation == "check" and outcome is Outcome.REFUSED and not blockers:
@@ -176,6 +181,13 @@ class Migration:
             self.emit(Checked(result=self._check_result(None, [blocker], [])))
             return
         self.emit(Finished(report=self.report))
+
+    def _longest_stop_ms(self) -> float | None:
+        """Before the freeze, or in one that was given up and tried again."""
+        if self.rounds is None:
+            return None
+        given_up = self.frozen.longest_attempt_ms if self.frozen is not None else 0.0
+        return round(max(self.rounds.longest_stop_ms, given_up), 3)
 
     def _state(self, state: str, detail: str = "") -> None:
         self.emit(StateChanged(state=state, detail=detail))
@@ -202,10 +214,8 @@ class Migration:
                 hint="see `migrate ps`",
             )
             raise Refused([blocker]) from None
-        if not pagemap.available():
-            raise Refused([_KERNEL_TOO_OLD])
         found = inventory.examine(self.process)
-        self.network.plan(found, self.process, self.options.addresses)
+        self.network.plan(found, self.process, self.options.addresses, self.request.reached_at)
         # a duplicate that stays would keep a connection open that the program closes
         self.process.forget_duplicates()
         self.report = msgspec.structs.replace(self.report, memory_bytes=found.memory_bytes)
@@ -217,15 +227,15 @@ class Migration:
         assert self.process is not None
         blockers = [*found.blockers, *self.network.blockers]
         notices = [*found.notices, *self.network.notices]
-        if not found.blockers:
-            self.link.send(self._offer(found))
-            answer = self.link.expect(protocol.Answer)
-            if answer.version != protocol.VERSION:
-                raise ProtocolError(f"the destination speaks version {answer.version}, this agent {protocol.VERSION}")
-            self.report = msgspec.structs.replace(self.report, destination=Endpoint(host=answer.host))
-            blockers += answer.blockers
-            notices += answer.notices
-            self._missing = answer.missing
+        self.link.send(self._offer(found))
+        answer = self.link.expect(protocol.Answer)
+        if answer.version != protocol.VERSION:
+            raise ProtocolError(f"the destination speaks version {answer.version}, this agent {protocol.VERSION}")
+        self.report = msgspec.structs.replace(self.report, destination=Endpoint(host=answer.host))
+        blockers += answer.blockers
+        notices += answer.notices
+        self._missing = answer.missing
+        self._unshared = frozenset(answer.unshared)
         self.report = msgspec.structs.replace(self.report, notices=tuple(notices))
         if self.request.operation == "check":
             self.emit(Checked(result=self._check_result(found, blockers, notices)))
@@ -237,13 +247,14 @@ class Migration:
     def _offer(self, found: inventory.Inventory) -> protocol.Offer:
         assert self.process is not None
         pid = self.request.pid
-        numbers = tuple(procfs.each_thread(pid, lambda tid: inventory.own_number(pid, tid)))
+        self._opened = inventory.opened_files(found, self.process)
+        numbers = inventory.own_numbers(pid, found.tids)
         return protocol.Offer(
             host=platform.node(),
-            pid=inventory.own_number(pid, pid),
-            tids=numbers,
+            pid=numbers[pid],
+            tids=tuple(numbers.values()),
             files=found.files.with_build_ids(),
-            opened=inventory.opened_files(found, self.process),
+            opened=self._opened,
             copy_files=self.options.copy_files,
             specials=found.specials,
             vdso_digest=found.vdso_digest,
@@ -251,6 +262,7 @@ class Migration:
             limits=tuple(procfs.limits(pid)),
             directories=inventory.directories(found),
             listeners=tuple(self.network.listeners),
+            connections=tuple(self.network.connections),
             addresses=tuple(self.network.addresses),
         )
 
@@ -266,7 +278,7 @@ class Migration:
             mappings=len(found.layout) if found else 0,
             descriptors=len(found.descriptors) if found else 0,
             connections=found.connections if found else 0,
-            dirty_tracking="userfaultfd" if userfaultfd.available() else "none",
+            dirty_tracking=str(mechanism()),
             addresses=tuple(a.address for a in self.network.addresses),
             blockers=tuple(blockers),
             notices=tuple(notices),
@@ -297,7 +309,9 @@ class Migration:
         self.report = msgspec.structs.replace(
             self.report, destination=Endpoint(host=self.report.destination.host, pid=prepared.pid)
         )
-        encoder = Encoder(self.options.compression, self.options.compression_level)
+        encoder = Encoder(
+            self.options.compression, self.options.compression_level, self.options.bandwidth
+        )
         self.rounds = Rounds(self.process, self.link, encoder, found.files)
         self.rounds.sender.drop = _page_to_drop()
         # what the freeze needs is opened and cleaned up now: between the last scan and the freeze each
@@ -305,22 +319,20 @@ class Migration:
         self.network.prepare()
         gc.collect()
         gc.freeze()
-        stop_ms = self.rounds.start_tracking()
-        self.report = msgspec.structs.replace(self.report, longest_stop_ms=round(stop_ms, 3))
+        self.rounds.start_tracking()
 
     def _precopy(self) -> None:
         assert self.rounds is not None
         self._state("pre-copy")
         policy = Convergence(self.options.downtime_limit_ms, self.options.max_rounds, FIXED_COST_MS)
         pacer = _Pacer(self, policy)
-        dirty_rate = 0.0
         pending = self.rounds.first()
         while True:
             number = len(self.rounds.history) + 1
             pacer.begin(number, pending.pages)
-            round_ = self.rounds.send(number, pending, dirty_rate, pacer.after_chunk)
+            round_ = self.rounds.send(number, pending, self.dirty_rate, pacer.after_chunk)
             pending = self.rounds.scan()
-            dirty_rate = pending.pages * 4096 / max(pending.seconds, 1e-6)
+            self.dirty_rate = pending.pages * 4096 / max(pending.seconds, 1e-6)
             memory = round_.pages_sent * 4096
             policy.record(Measured(memory, round_.seconds, pending.pages))
             self.emit(
@@ -343,7 +355,6 @@ class Migration:
                 )
             )
         self.rounds.pending = pending
-        self.dirty_rate = dirty_rate
 
     def check_abort(self) -> None:
         """Between two chunks, and before the commit: has somebody given up?"""
@@ -362,13 +373,16 @@ class Migration:
         self._state("freezing")
         gc.disable()
         self.link.set_timeout(self.options.freeze_timeout_ms / 1000)
-        self.frozen = FrozenProcess(self.process, self.rounds, self.network, self.options)
+        self.frozen = FrozenProcess(self.process, self.rounds, self.network, self.options, found)
         frozen = self.frozen
         frozen.stop()
-        last = frozen.send_pages(len(self.rounds.history) + 1, self.dirty_rate)
-        rebuild = frozen.capture(found)
-        self.link.send(rebuild)
+        self._check_files(found)
+        self.link.send(frozen.capture())
         frozen.phases.mark("send state")
+        last = frozen.send_pages(len(self.rounds.history) + 1, self.dirty_rate)
+        frozen.send_threads()
+        self.link.send(protocol.Complete())
+        frozen.check_settings()
         ready = self.link.expect(protocol.Ready, frozen.deadline)
         frozen.phases.mark("wait for ready")
         verified = None
@@ -384,14 +398,20 @@ class Migration:
         self._ready_phases = ready.phases
         self.check_abort()  # a destination that is gone by now is no doubt yet
 
+    def _check_files(self, found: inventory.Inventory) -> None:
+        """A file that the destination has for itself must still be what was compared."""
+        for file in (*found.files.refs, *self._opened):
+            if file.path in self._unshared and stamp(file.path) != file.stamp:
+                raise Unmovable("file-changed", f"{file.path} was written to during the migration; it is not shared")
+
     def _commit(self) -> None:
         assert self.frozen is not None and self.rounds is not None
         frozen = self.frozen
         self._state("committing")
-        frozen.commit()
-        self.link.send(protocol.Commit())
+        signals = frozen.late_signals()
+        frozen.commit(lambda: self.link.send(protocol.Commit(signals)))
         self.network.withdraw()
-        self.link.send(protocol.Packets(self.network.captured(), last=False))
+        self._send_late(last=False)
         live = self.link.expect(protocol.Live, time.monotonic() + 30)
         frozen.phases.mark("commit")
         self.report = msgspec.structs.replace(
@@ -406,16 +426,23 @@ class Migration:
         self.report = msgspec.structs.replace(self.report, notices=(*self.report.notices, *notices))
         self._finish(Outcome.MIGRATED)
 
+    def _send_late(self, last: bool) -> None:
+        assert self.frozen is not None
+        signals: list[tuple[int, bytes]] = []
+        with contextlib.suppress(ProcessLookupError):  # somebody killed it: the copy lives already
+            signals = self.frozen.late_signals()
+        self.link.send(protocol.Late(self.network.captured(), signals, last))
+
     def _afterwards(self, frozen: FrozenProcess) -> tuple[Notice, ...]:
         """It lives over there: late packets, the old copy, the destination's last word. Nothing here can undo that."""
         assert self.rounds is not None
         gc.enable()
         try:
             self.link.set_timeout(30)
-            self.link.send(protocol.Packets(self.network.captured(), last=False))
+            self._send_late(last=False)
             frozen.bury()
             self.rounds.close()
-            self.link.send(protocol.Packets(self.network.captured(), last=True))
+            self._send_late(last=True)
             self.network.close()
             return self.link.expect(protocol.Done, time.monotonic() + 30).notices
         except (LinkClosed, ProtocolError, PeerFailed, TimeoutError) as error:
@@ -456,9 +483,17 @@ class _Pacer:
                     pages_total=self._total,
                     bytes_sent=self._migration.link.bytes_sent,
                     rate=self._done * 4096 / max(now - self._began, 1e-6),
-                    estimated_pause_ms=None,
+                    estimated_pause_ms=self._estimate(now),
                 )
             )
+
+
+    def _estimate(self, now: float) -> float | None:
+        """The pause if the freeze came right after this round; None while no rate of dirtying is known."""
+        if not self._migration.dirty_rate:
+            return None
+        dirty = self._migration.dirty_rate * (now - self._began) / 4096
+        return round(self._policy.estimated_pause_ms(int(dirty)), 2)
 
 
 def _page_to_drop() -> int | None:
@@ -493,6 +528,8 @@ def _classify(error: BaseException) -> tuple[str, str]:
     """(kind, where) of a failure."""
     if isinstance(error, PeerFailed):
         return error.kind, "destination"
+    if isinstance(error, Unmovable):
+        return error.kind, "source"
     for type_, kind, where in _KINDS:
         if isinstance(error, type_):
             return kind, where

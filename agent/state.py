@@ -80,7 +80,8 @@ class MemoryFields(msgspec.Struct, frozen=True):
 class ProcessState(msgspec.Struct):
     """Everything of the process that is not a thread, a page or a descriptor."""
 
-    threads: list[ThreadState]
+    threads: list[ThreadState]  # the first one first; on the link the others follow (`protocol.Threads`)
+    tids: tuple[int, ...]  # of all threads, the first one first, in the process's own numbers
     actions: list[tuple[int, bytes]]  # signal, kernel sigaction (32 bytes)
     pending: tuple[bytes, ...]
     itimers: tuple[bytes, bytes, bytes]  # struct itimerval of REAL, VIRTUAL, PROF
@@ -97,4 +98,5 @@ class ProcessState(msgspec.Struct):
     dumpable: int
     child_subreaper: int
     thp_disable: int
+    lock_future: int  # flags of mlockall(2)
     captured_at: int  # CLOCK_MONOTONIC of the source when timers were read, nanoseconds

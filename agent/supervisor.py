@@ -23,7 +23,7 @@ import os
 import platform
 import signal
 import socket
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable
 from typing import Final
 
@@ -52,6 +52,7 @@ EOF_GRACE: Final = 5.0
 KILL_GRACE: Final = 30.0
 REASON_TIMEOUT: Final = 3.0  # seconds that a broken link may take to say why
 DEATH_TIMEOUT: Final = 1.0  # seconds that a killed process may take to disappear
+CLEANUP_TIMEOUT: Final = 20.0
 
 NO_RETURN: Final = frozenset({"committing", "committed", "in-doubt"})
 LIVE: Final = frozenset({"live", "migrated"})
@@ -82,7 +83,7 @@ class Supervisor:
         self._abort_reason = ""
         self._link: Link | None = None
         self._worker: Process | None = None
-        self._birth = _birth(request.pid)
+        self._birth = procfs.born(request.pid)
 
     def abort(self, reason: str) -> None:
         """Somebody does not want this migration any more. The second time changes nothing."""
@@ -215,9 +216,35 @@ class Supervisor:
         if outcome is Outcome.ROLLED_BACK and await self._source_is_gone():
             outcome = Outcome.IN_DOUBT
             message = f"{message}; process {self._request.pid} is gone"
+        if outcome is Outcome.ROLLED_BACK:
+            message = f"{message}; {await self._clean_up()}"
         self._finish(
             Finished(report=self._report(outcome, ErrorInfo(kind="crash", message=message, where="source")))
         )
+
+    async def _clean_up(self) -> str:
+        """Undo what the worker left in the process, in one more process; how that went, in words."""
+        command, environment = launch.module("agent.cleanup")
+        cleaning = await asyncio.create_subprocess_exec(
+            *command,
+            str(self._request.pid),
+            str(self._birth or 0),
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=PIPE,
+            env=environment,
+        )
+        try:
+            output, errors = await asyncio.wait_for(cleaning.communicate(), CLEANUP_TIMEOUT)
+        except TimeoutError:
+            cleaning.kill()
+            output, errors = b"", b"it takes too long"
+            await cleaning.wait()
+        done = output.decode("utf-8", "replace").splitlines()
+        if cleaning.returncode == 0:
+            return f"cleaned up ({', '.join(done) or 'nothing was left'})"
+        why = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        return f"what it left is still there: {why}; run `migrate-agent cleanup {self._request.pid}` on the source"
 
     def _outcome_by_state(self) -> Outcome:
         """What the last state that was seen says about a worker that is gone."""
@@ -235,7 +262,7 @@ class Supervisor:
         """
         deadline = asyncio.get_running_loop().time() + (DEATH_TIMEOUT if self._state in FROZEN else 0.0)
         while True:
-            gone = _birth(self._request.pid) != self._birth
+            gone = procfs.born(self._request.pid) != self._birth
             if gone or asyncio.get_running_loop().time() >= deadline:
                 return gone
             await asyncio.sleep(0.02)
@@ -276,15 +303,6 @@ class Supervisor:
             if not end.clean:
                 self._say("debug", str(end.error()))
         await worker.wait()
-
-
-def _birth(pid: int) -> int | None:
-    """What tells this process from another one with its number; None if it is dead."""
-    try:
-        stat = procfs.stat(pid)
-    except (ProcessLookupError, ValueError):
-        return None
-    return None if stat.state in "ZXx" else stat.starttime
 
 
 def handle_signals(supervisor: Supervisor) -> None:

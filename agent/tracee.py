@@ -6,11 +6,12 @@ process and walked there by a few bytes of code (`arch`). Two ways out of it:
 - trap: ends in int3. For a shadow, which dies with its tracer anyway.
 - park: for a process that must outlive us. Its context is put into a signal frame first; after the table it waits in
   ppoll for its tracer, and if nobody comes it returns through that frame to where it was: our death in a batch only
-  delays it. The single calls that make and remove the scratch have no such frame: our death inside one breaks it.
+  delays it. The calls that make and remove the scratch are `agent.visit`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -22,9 +23,10 @@ from agent.kernel import ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE, Registers
 from agent.kernel.memory import RemoteMemory
+from agent.resources import waits
 
-# the scratch mapping: code | control (flag, timespec, signal frame) | stack | table | data
-CODE: Final = 0
+# the scratch mapping: label, code | control (flag, timespec, signal frame) | stack | table | data
+CODE: Final = 64  # after the label (`agent.scratch`)
 CONTROL: Final = PAGE
 FRAME: Final = CONTROL + 64
 STACK_TOP: Final = 24 * PAGE
@@ -34,8 +36,9 @@ DATA: Final = TABLE + ENTRIES * 64
 DATA_SIZE: Final = 256 * 1024
 SCRATCH_SIZE: Final = DATA + DATA_SIZE
 
-_ENTRY: Final = struct.Struct("<8Q")
-_PARK_SECONDS: Final = 2
+ENTRY: Final = struct.Struct("<7Qq")  # number, arguments, result
+NOT_MADE: Final = -(1 << 63)  # the result of a call that was not made yet
+PARK_SECONDS: Final = 2  # that a process waits for its tracer
 ALL_SIGNALS: Final = (1 << 64) - 1
 
 
@@ -46,8 +49,10 @@ class InjectedCallFailed(OSError):
 class Batch:
     """Syscalls to make in one stop, in order; all are made, whatever the ones before them answer."""
 
-    def __init__(self, scratch: int) -> None:
-        self._scratch = scratch
+    def __init__(self, data_at: int, size: int = DATA_SIZE) -> None:
+        """`data_at`: where the process will have the data, at most `size` bytes."""
+        self.data_at = data_at
+        self._size = size
         self.calls: list[tuple[int, ...]] = []
         self.names: list[str] = []
         self.optional: set[int] = set()
@@ -66,9 +71,9 @@ class Batch:
         """Place argument data; its address in the process."""
         position = -(-len(self.data) // 16) * 16
         self.data += bytes(position - len(self.data)) + data
-        if len(self.data) > DATA_SIZE:
+        if len(self.data) > self._size:
             raise MemoryError("batch data exceeds the scratch mapping")
-        return self._scratch + DATA + position
+        return self.data_at + position
 
     def space(self, size: int) -> int:
         """Place room for a result."""
@@ -76,15 +81,19 @@ class Batch:
 
     @property
     def room(self) -> int:
-        return DATA_SIZE - len(self.data)
+        return self._size - len(self.data)
 
 
 class Outcome:
     """What the syscalls of a batch returned, and the data area after them."""
 
-    def __init__(self, scratch: int, results: list[int], data: bytes) -> None:
+    def __init__(self, batch: Batch, tid: int, results: list[int], data: bytes) -> None:
+        """InjectedCallFailed for the first call that failed and was not optional."""
+        for index, result in enumerate(results):
+            if result < 0 and index not in batch.optional:
+                checked(result, batch.names[index], tid)
         self.results = results
-        self._base = scratch + DATA
+        self._base = batch.data_at
         self._data = data
 
     def read(self, address: int, size: int) -> bytes:
@@ -107,8 +116,29 @@ def wait_event_stop(tid: int, deadline: float) -> None:
         status = wait_until(tid, deadline)
         if ptrace.event(status) == ptrace.PTRACE_EVENT_STOP:
             return
-        signal_number = 0 if ptrace.event(status) else os.WSTOPSIG(status)
-        ptrace.cont(tid, signal_number)
+        ptrace.interrupt(tid)  # any other stop cancels one that was asked for before it (kernel/signal.c, ptrace_stop)
+        ptrace.cont(tid, _passed_on(status))
+
+
+def _passed_on(status: int) -> int:
+    """The signal that a stop holds up; 0 if it is a stop of another kind."""
+    return 0 if ptrace.event(status) else os.WSTOPSIG(status)
+
+
+def wait_for_syscall(tid: int, deadline: float) -> None:
+    """Resume a stopped task until it enters a syscall, as it is about to. Its signals must be blocked.
+
+    SIGSTOP cannot be: the process then stops as it should, but for this task, until it is detached.
+    """
+    # without it, our death in the stop would send the task a SIGTRAP (ptrace_report_syscall in linux/ptrace.h)
+    ptrace.set_options(tid, ptrace.PTRACE_O_TRACESYSGOOD)
+    signal_number = 0
+    while True:
+        ptrace.to_syscall(tid, signal_number)
+        status = wait_until(tid, deadline)
+        if os.WSTOPSIG(status) == ptrace.SYSCALL_STOP:
+            return
+        signal_number = _passed_on(status)
 
 
 def wait_until(tid: int, deadline: float) -> int:
@@ -139,55 +169,45 @@ class Tracee:
         self.fragile = fragile
         self.scratch = 0
         self.code = 0  # address of the batch runner
+        self.adrift: set[int] = set()  # fragile tasks that are on their own way back: their registers are their own
         self._buffer = ctypes.create_string_buffer(SCRATCH_SIZE)
 
     # --- the scratch mapping ---
 
     def adopt_scratch(self, address: int, code: int | None = None) -> None:
         """Use a mapping that is there: SCRATCH_SIZE bytes, the first page executable once the code is in it."""
-        self.scratch, self.code = address, address if code is None else code
+        self.scratch, self.code = address, address + CODE if code is None else code
 
     def runner_code(self) -> bytes:
         return arch.BATCH_PARK if self.fragile else arch.BATCH_TRAP
 
-    def map_scratch(self, tid: int, syscall_at: int) -> None:
-        """Map the scratch with single calls at a syscall instruction of the process (source side)."""
-        step = self.single_syscall
-        address = step(tid, syscall_at, "map scratch", arch.NR_mmap, 0, SCRATCH_SIZE, 3, 0x22, -1 & ALL_SIGNALS, 0)
-        self.memory.write(address, self.runner_code())
-        step(tid, syscall_at, "protect scratch", arch.NR_mprotect, address, PAGE, 5)
-        self.adopt_scratch(address)
-
-    def unmap_scratch(self, tid: int, syscall_at: int) -> None:
-        if self.scratch:
-            self.single_syscall(tid, syscall_at, "unmap scratch", arch.NR_munmap, self.scratch, SCRATCH_SIZE)
-            self.scratch = self.code = 0
-
     # --- one call ---
 
     def single_syscall(self, tid: int, at: int, what: str, number: int, *arguments: int) -> int:
-        """Make a stopped task execute one syscall at the instruction `at`; its registers are kept."""
+        """Make a stopped task execute one syscall at the instruction `at`; its registers are kept.
+
+        Our death in it is fatal for the task: only for one that shares it anyway (see `agent.visit`).
+        """
         saved = ptrace.get_registers(tid)
         mask = ptrace.get_sigmask(tid)
         try:
             ptrace.set_sigmask(tid, ALL_SIGNALS)
             ptrace.set_registers(tid, arch.syscall_registers(saved, at, number, arguments))
-            # no single step: the trap flag outlives a tracer that dies (__ptrace_unlink); still fatal if we die in here
             ptrace.to_syscall(tid)
             ptrace.wait(tid)
             ptrace.interrupt(tid)
             ptrace.cont(tid)
-            wait_event_stop(tid, time.monotonic() + _PARK_SECONDS)
+            wait_event_stop(tid, time.monotonic() + PARK_SECONDS)
             result = ptrace.get_registers(tid).result
         finally:
             ptrace.set_registers(tid, saved)
             ptrace.set_sigmask(tid, mask)
-        return _checked(result, what, tid)
+        return checked(result, what, tid)
 
     # --- a batch ---
 
     def batch(self) -> Batch:
-        return Batch(self.scratch)
+        return Batch(self.scratch + DATA)
 
     def run(self, tid: int, batch: Batch, restore: Registers | None = None) -> Outcome:
         """Make a stopped task run a batch; InjectedCallFailed for the first call that failed and was not optional.
@@ -204,15 +224,12 @@ class Tracee:
             start = self.scratch + DATA
             self.memory.read_into(ctypes.addressof(self._buffer), [(start, start + len(batch.data))])
             data = self._buffer.raw[: len(batch.data)]
-        for index, result in enumerate(results):
-            if index not in batch.optional:
-                _checked(result, batch.names[index], tid)
-        return Outcome(self.scratch, results, data)
+        return Outcome(batch, tid, results, data)
 
     def _run_part(
         self, tid: int, batch: Batch, calls: list[tuple[int, ...]], saved: Registers, with_data: bool
     ) -> list[int]:
-        self._write(TABLE, b"".join(_ENTRY.pack(*call, 0) for call in calls))
+        self._write(TABLE, b"".join(ENTRY.pack(*call, NOT_MADE) for call in calls))
         if with_data:
             self.load_data(batch)
         start = arch.batch_registers(saved, self.code, self.scratch + TABLE, len(calls))
@@ -240,6 +257,10 @@ class Tracee:
     def _run_trapped(self, tid: int, start: Registers) -> None:
         ptrace.set_registers(tid, start)
         ptrace.cont(tid)
+        self.await_trap(tid)
+
+    def await_trap(self, tid: int) -> None:
+        """Until the trap runner is at its end; what happens on the way is for `on_event`."""
         while True:
             status = ptrace.wait(tid)
             if os.WSTOPSIG(status) == signal.SIGTRAP and not ptrace.event(status):
@@ -256,44 +277,71 @@ class Tracee:
     def _run_parked(self, tid: int, start: Registers, saved: Registers) -> None:
         mask = ptrace.get_sigmask(tid)
         frame_at = self.scratch + FRAME
-        frame = arch.sigreturn_frame(frame_at, arch.as_restarted(saved), ptrace.get_xstate(tid), mask)
-        timeout = struct.pack("<QQQQ", 0, 0, _PARK_SECONDS, 0).ljust(64, b"\0")
+        back = return_frame_registers(saved, self.memory)
+        frame = arch.sigreturn_frame(frame_at, back, ptrace.get_xstate(tid), mask)
+        timeout = struct.pack("<QQQQ", 0, 0, PARK_SECONDS, 0).ljust(64, b"\0")
         self._write(CONTROL, timeout + frame)
         control = self.scratch + CONTROL
         # order matters if we die in between: from the registers on, the process finds its own way back
         ptrace.set_registers(
             tid,
-            _parked(start, flag=control, timeout=control + 16, frame=frame_at + 8),
+            parked(start, flag=control, timeout=control + 16, frame=frame_at + 8),
         )
+        self.adrift.add(tid)
         ptrace.set_sigmask(tid, ALL_SIGNALS)
-        try:
-            ptrace.cont(tid)
-            self._await_flag(tid, control)
-            ptrace.interrupt(tid)
-            wait_event_stop(tid, time.monotonic() + _PARK_SECONDS)
-        finally:
-            ptrace.set_sigmask(tid, mask)
+        ptrace.cont(tid)
+        self._await_flag(tid, control)
+        ptrace.interrupt(tid)
+        wait_event_stop(tid, time.monotonic() + PARK_SECONDS)
+        self.check_parked(tid)
+        ptrace.set_sigmask(tid, mask)
+        self.adrift.discard(tid)
+
+    def check_parked(self, tid: int) -> None:
+        """A stopped task must still be in its wait for us. TimeoutError: it has gone on since, and is to be let go on."""
+        if not self.scratch <= ptrace.get_registers(tid).rip < self.scratch + PAGE:
+            raise TimeoutError(f"task {tid} did not wait any longer: this agent was held up")
 
     def _await_flag(self, tid: int, control: int) -> None:
         """Spin until the runner has been through its table: microseconds, so no sleep."""
         address = ctypes.addressof(self._buffer)
-        deadline = time.monotonic() + _PARK_SECONDS
+        deadline = time.monotonic() + PARK_SECONDS
         while True:
             self.memory.read_into(address, [(control, control + 8)])
             if self._buffer.raw[:8] != bytes(8):
                 return
+            keep_going(tid)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"task {tid}: injected calls do not end")
             os.sched_yield()
 
 
-def _parked(start: Registers, flag: int, timeout: int, frame: int) -> Registers:
+def keep_going(tid: int) -> None:
+    """A running task with all signals blocked may still get SIGSTOP (it goes on, and stops when detached) or SIGKILL."""
+    found, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
+    if found:
+        if not os.WIFSTOPPED(status):
+            raise ptrace.TaskEnded(tid, status)
+        ptrace.cont(tid, _passed_on(status))
+
+
+def parked(start: Registers, flag: int, timeout: int, frame: int) -> Registers:
+    """A batch's registers for the park runner: where its flag, its timeout and its signal frame are."""
     start.r13, start.r14, start.r15 = flag, timeout, frame
     start.rsp = flag - PAGE + STACK_TOP
     return start
 
 
-def _checked(result: int, what: str, tid: int) -> int:
+def return_frame_registers(saved: Registers, memory: RemoteMemory) -> Registers:
+    """The registers for a signal frame that leads back to `saved`: the kernel restarts nothing after rt_sigreturn."""
+    if waits.interrupted(saved):
+        with contextlib.suppress(ValueError, OSError):  # unknown: it will fail with EINTR
+            saved = waits.identified(saved, memory)
+    return arch.as_restarted(saved)
+
+
+def checked(result: int, what: str, tid: int) -> int:
+    """The result of a syscall, or InjectedCallFailed."""
     if -4096 < result < 0:
         raise InjectedCallFailed(-result, os.strerror(-result), f"{what} (task {tid})")
     return result

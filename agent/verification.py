@@ -6,17 +6,11 @@ from typing import Final
 
 from agent import protocol
 from agent.kernel import procfs, ptrace
-from agent.kernel.arch.x86_64 import PAGE, TASK_SIZE
-from agent.kernel.pagemap import (
-    PAGE_IS_FILE,
-    PAGE_IS_PFNZERO,
-    PAGE_IS_PRESENT,
-    PAGE_IS_SWAPPED,
-    Pagemap,
-)
+from agent.kernel.arch.x86_64 import PAGE
 from agent.layout import Mapping, merge
 from agent.pageset import PageSet
 from agent.shadow import Shadow
+from agent.soft_dirty import SoftDirty
 from agent.verify import digest
 
 _ZERO: Final = bytes(PAGE)
@@ -38,21 +32,14 @@ def check_rest(shadow: Shadow, message: protocol.Verify, rebuild: protocol.Rebui
 
 def _surplus(shadow: Shadow, message: protocol.Verify) -> list[str]:
     """Pages that the shadow has and the source has not must be zero."""
-    pagemap = Pagemap(shadow.pid)
-    try:
-        regions = pagemap.scan(
-            0,
-            TASK_SIZE,
-            any_of=PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            returned=PAGE_IS_FILE | PAGE_IS_PFNZERO,
-        )
-        own = PageSet((s, e) for s, e, c in regions if not c & (PAGE_IS_FILE | PAGE_IS_PFNZERO))
-    finally:
-        pagemap.close()
     specials = [(m.start, m.end) for m in procfs.maps(shadow.pid) if m.name in _SPECIAL]
-    own.subtract(specials)
+    pages = SoftDirty(shadow.pid, None)
+    try:
+        own = pages.scan([], specials, protect=False).present
+    finally:
+        pages.close()
     found = []
-    for start, end in own.without(PageSet(message.present)).ranges():
+    for start, end in PageSet(own).without(PageSet(message.present)).ranges():
         for page in range(start, end, PAGE):
             if shadow.memory.read(page, PAGE) != _ZERO:
                 found.append(f"page {page:#x} that the original does not have")

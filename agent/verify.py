@@ -1,8 +1,9 @@
 """`--verify`: is the shadow what the frozen source is? Every page by digest, every mapping, every register.
 
-The source digests what it has present; the destination the same ranges of the shadow, and it makes sure that whatever
-else the shadow has is zero. The kernel writes into a thread's rseq area whenever it returns to user mode, on either host,
-and the rest of an interrupted sleep to where the program wants it: those bytes are left out.
+The source digests what it has present; the destination the same ranges of the shadow, and it makes sure that
+whatever else the shadow has is zero. The kernel writes into a thread's rseq area whenever it returns to user
+mode, on either host, and the rest of an interrupted sleep to where the program wants it: those bytes are left
+out.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     python docs/generate.py            write the page
     python docs/generate.py --check    exit status 1 if the page is not what would be written
 
-The prose is docs/what-migrates.in.md; a line `{{name}}` in it is replaced by the table `name` of TABLES. Kinds of
-descriptors come from agent.kinds, mappings from agent.resources.mappings, the state of a process from agent.state. Every
-other refusal is found where it is made: calls that build a Blocker, read from the source of the modules in SECTIONS.
+The prose is docs/what-migrates.in.md; a line `{{name}}` in it is replaced by the table `name` of TABLES. Of
+descriptors we ask agent.kinds, of mappings agent.resources.mappings, of a process agent.state. Every other
+refusal is found where it is made: calls that build a Blocker, in the modules of SECTIONS.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ DOCS: Final = Path(__file__).resolve().parent
 AGENT: Final = DOCS.parent / "agent"
 TEMPLATE: Final = DOCS / "what-migrates.in.md"
 PAGE: Final = DOCS / "what-migrates.md"
-NOTE: Final = "<!-- Rendered by docs/generate.py from docs/what-migrates.in.md and the code. Do not edit. -->\n"
+NOTE: Final = (
+    "<!-- Rendered by docs/generate.py from docs/what-migrates.in.md and the code. Do not edit. -->\n"
+)
 
 # modules that refuse, by section of the page
 SECTIONS: Final = {
@@ -61,15 +63,18 @@ PLANNED: Final = {
         *("epoll-stale-entry", "udp-socket"),
     ),
     "terminals carried over the link": ("terminal",),
-    "sandboxes and namespaces": ("seccomp", "chroot", *(f"{n}-namespace" for n in (*inventory._NAMESPACES, "mnt"))),
+    "sandboxes and namespaces": (
+        *("seccomp", "chroot"),
+        *(f"{name}-namespace" for name in (*inventory._NAMESPACES, "mnt")),
+    ),
     "more kinds of memory": ("hugetlb", "sealed-mapping", "aio"),
     "another kernel's vDSO": ("vdso-differs",),
     "stopped processes": ("stopped",),
 }
 # what only the run can tell, in words
 AT_RUN_TIME: Final = {
-    "address-primary": "the host itself needs it: its default route, another route, or a whole network goes with it",
-    "file-differs": "its size, build id or content is another there, or it cannot be opened as a regular file",
+    "address-primary": "the host itself needs it: a route, or a whole network, goes with it",
+    "file-differs": "its size, build id or content is another there, or it is no regular file that opens",
 }
 PLANS: Final = {kind: plan for plan, found in PLANNED.items() for kind in found}
 
@@ -91,6 +96,7 @@ THREAD: Final = {
 }
 PROCESS: Final = {
     "threads": "all threads, under their numbers (a new pid namespace where one of them is taken)",
+    "tids": "their numbers",
     "actions": "signal handlers and ignored signals, with their flags and masks",
     "pending": "signals queued for the process, in order, each with its `siginfo`",
     "itimers": "`setitimer` timers; time goes on during the pause",
@@ -107,6 +113,7 @@ PROCESS: Final = {
     "dumpable": "dumpable flag",
     "child_subreaper": "child subreaper flag",
     "thp_disable": "transparent huge pages switched off",
+    "lock_future": "whether memory that it maps later is locked (`mlockall(MCL_FUTURE)`)",
     "captured_at": "its monotonic clock, which goes on by the time that really passed",
 }
 CREDENTIALS: Final = {
@@ -179,8 +186,10 @@ def _arguments(node: ast.AST) -> dict[str, ast.expr] | None:
 @functools.cache
 def _called() -> set[str]:
     """The names of all functions and methods that the agent calls somewhere."""
-    calls = (n.func for p in AGENT.rglob("*.py") for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Call))
-    return {f.id if isinstance(f, ast.Name) else f.attr for f in calls if isinstance(f, ast.Name | ast.Attribute)}
+    nodes = (node for path in AGENT.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    names = {what.id for what in called if isinstance(what, ast.Name)}
+    return names | {what.attr for what in called if isinstance(what, ast.Attribute)}
 
 
 def _in_module(path: Path, called: set[str]) -> Iterator[Refusal]:
@@ -217,15 +226,18 @@ def _expanded(refusal: Refusal) -> Iterable[Refusal]:
         return [refusal._replace(why=AT_RUN_TIME[refusal.kind])]
     if refusal.kind != "…-namespace":
         return [refusal]
-    return [Refusal(f"{name}-namespace", refusal.why.replace("…", name, 1), refusal.hint) for name in inventory._NAMESPACES]
+    return [
+        Refusal(f"{name}-namespace", refusal.why.replace("…", name, 1), refusal.hint)
+        for name in inventory._NAMESPACES
+    ]
 
 
 # --- descriptors, asked of the registry ---------------------------------------------------------------------
 
 
 def _file(**said: Any) -> OpenFile:
-    plain: dict[str, Any] = {"numbers": ((3, False),), "link": "", "flags": 0, "position": 0, "mode": 0, "device": 0}
-    plain |= {"inode": 0, "size": 0, "links": 1, "info": []}
+    plain: dict[str, Any] = {"numbers": ((3, False),), "link": "", "flags": 0, "position": 0, "mode": 0}
+    plain |= {"device": 0, "inode": 0, "size": 0, "links": 1, "info": []}
     return OpenFile(**plain | said)
 
 
@@ -287,7 +299,8 @@ def _path(module: Any) -> str:
 
 
 def refused_descriptors() -> str:
-    rows = ((name, f"`{b.kind}`", b.why, b.hint, PLANS.get(b.kind, "")) for name, b in unmovable_descriptors())
+    found = unmovable_descriptors()
+    rows = ((name, f"`{b.kind}`", b.why, b.hint, PLANS.get(b.kind, "")) for name, b in found)
     return table(("descriptor", "kind", "why", "what to do", "planned"), rows)
 
 
@@ -330,7 +343,7 @@ TABLES: Final[dict[str, Callable[[], str]]] = {
 
 
 def render() -> str:
-    """The page. KeyError for a table that is asked for and does not exist; ValueError for one that is not asked for."""
+    """The page. KeyError for a table that is asked for and not there; ValueError for one not asked for."""
     lines, used = [], set()
     for line in TEMPLATE.read_text().splitlines():
         if line.startswith("{{") and line.endswith("}}"):

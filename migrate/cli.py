@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from typing import Final
 
 import click
 
+from agent.version import installed
+from migrate import config
+from migrate.commands.abort import abort
+from migrate.commands.attach import attach
 from migrate.commands.check import check
+from migrate.commands.hook import hook
 from migrate.commands.move import move
+from migrate.commands.plan import plan
 from migrate.commands.ps import ps
+from migrate.commands.report import report
+from migrate.commands.status import status
+from migrate.completion import SHELLS, script
 from migrate.errors import MEANING, ExitCode, Failure
 
+_ALONE: Final = ("version", "completion")  # these work whatever the person's defaults are
 _EXIT_CODES: Final = "\b\nExit codes:\n" + "\n".join(
     f"  {code}  {meaning}" for code, meaning in MEANING.items()
 )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("migrate")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=_EXIT_CODES,
 )
-@click.version_option(_version(), prog_name="migrate")
-def cli() -> None:
+@click.version_option(installed(), prog_name="migrate")
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Move a running Linux process from one host to another without its users noticing.
 
     \b
@@ -38,16 +41,37 @@ def cli() -> None:
       migrate move alpha:1234 beta        do it
       migrate move 1234 root@beta:2222    from this host
       migrate ps alpha                    what runs there
+      migrate status alpha                what is being moved from there, and what was
+      migrate plan apply moves.yaml       many moves
+      migrate hook drain alpha --plan …   empty a host
+
+    Defaults for --identity, --ssh-config, --agent-command, the limits, compression and --log-format may be in
+    ~/.config/migrate/config.yaml.
     """
+    if context.invoked_subcommand not in _ALONE and not {"-h", "--help"} & set(sys.argv[1:]):
+        config.apply(context)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what makes a shell complete commands, options and hosts.
+
+    \b
+      bash: eval "$(migrate completion bash)" in ~/.bashrc
+      zsh:  eval "$(migrate completion zsh)" in ~/.zshrc, after compinit
+      fish: migrate completion fish >~/.config/fish/completions/migrate.fish
+    """
+    click.echo(script(cli, shell, "migrate"))
 
 
 @cli.command()
 def version() -> None:
     """The installed version."""
-    click.echo(f"migrate {_version()}")
+    click.echo(f"migrate {installed()}")
 
 
-for _command in (check, move, ps):
+for _command in (check, move, ps, status, attach, abort, report, plan, hook):
     cli.add_command(_command)
 
 

@@ -41,7 +41,7 @@ _OF_OUTCOME: Final = {
     Outcome.ROLLED_BACK: ExitCode.ROLLED_BACK,
     Outcome.IN_DOUBT: ExitCode.IN_DOUBT,
 }
-_LINK_KINDS: Final = frozenset(
+LINK_KINDS: Final = frozenset(
     value.kind
     for value in vars(link_errors).values()
     if isinstance(value, type) and issubclass(value, LinkError)
@@ -52,7 +52,7 @@ Where = Literal["coordinator", "source", "destination", "link"]
 
 def of_report(report: Report) -> ExitCode:
     """The exit code of a move, or of a check that ended without a result."""
-    if report.outcome is Outcome.REFUSED and report.error is not None and report.error.kind in _LINK_KINDS:
+    if report.outcome is Outcome.REFUSED and report.error is not None and report.error.kind in LINK_KINDS:
         return ExitCode.UNREACHABLE
     return _OF_OUTCOME[report.outcome]
 

@@ -1,66 +1,112 @@
-"""What `check` and `move` have in common: one request, watched from the beginning to its answer."""
+"""What the commands have in common: an agent spoken to, events shown and logged, an answer printed."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Self, TypeVar
 
 import msgspec
 
-from agent.api import Checked, Event, Finished, MoveOptions, Request
+from agent.api import Checked, Event, Finished, Log, MoveOptions, Request
 from migrate import errors, progress, report
-from migrate.coordinator import Coordinator, handle_interrupts
+from migrate.client import Agent, Level
+from migrate.coordinator import Coordinator, on_interrupt
 from migrate.errors import ExitCode, Failure
 from migrate.logfile import LogFile
 from migrate.options import Common, request_ssh
 from migrate.targets import ProcessTarget
 from transport.target import HostTarget
 
+T = TypeVar("T")
 
-def run(
-    operation: str, process: ProcessTarget, destination: HostTarget, options: MoveOptions, common: Common
-) -> ExitCode:
+
+class Audience:
+    """Whoever sees events: the person at standard error, and the log file."""
+
+    def __init__(self, common: Common, live: bool) -> None:
+        """`live`: with progress. Failure if the log file cannot be written to."""
+        try:
+            self._log = LogFile(common.log_file)
+        except OSError as error:
+            message = f"--log-file: {common.log_file}: {error.strerror}"
+            raise Failure("usage", message, "coordinator", ExitCode.USAGE) from error
+        self._shown = progress.presenter(common.verbose, common.quiet, common.log_format, live)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop_showing()
+        self._log.close()
+
+    def on_event(self, event: Event) -> None:
+        self._log.write(event)
+        if not isinstance(event, Finished | Checked):
+            self._shown.show(event)
+
+    def say(self, level: Level, message: str) -> None:
+        self.on_event(Log(level=level, message=message))
+
+    def stop_showing(self) -> None:
+        """Leave the screen to the answer."""
+        self._shown.close()
+
+
+def run(request: Request, source: HostTarget | None, common: Common) -> ExitCode:
     """Carry out a check or a move, print its answer, return the exit code."""
+    with Audience(common, live=True) as audience:
+        return asyncio.run(_run(request, source, common, audience))
+
+
+def start(request: Request, source: HostTarget | None, common: Common) -> ExitCode:
+    """Start a move that goes on alone, and say its name."""
+
+    async def ask(agent: Agent) -> ExitCode:
+        record = await agent.create(request)
+        if common.json:
+            print_json(record)
+        else:
+            place = "" if source is None else f" {source}"
+            print(f"{record.id}: follow it with `migrate attach {record.id}{place}`")
+        return ExitCode.DONE
+
+    return with_agent(source, common, ask)
+
+
+def with_agent(host: HostTarget | None, common: Common, work: Callable[[Agent], Awaitable[T]]) -> T:
+    """What `work` makes of the agent of `host`; Failure."""
+
+    async def connected() -> T:
+        async with Agent(host, common.ssh, audience.say) as agent:
+            return await work(agent)
+
+    with Audience(common, live=False) as audience:
+        return asyncio.run(connected())
+
+
+def request_for(
+    operation: str, process: ProcessTarget, destination: HostTarget, options: MoveOptions, common: Common
+) -> Request:
     request = msgspec.convert(
         {"operation": operation, "pid": process.pid, "destination": str(destination)}, Request
     )
-    request = msgspec.structs.replace(request, options=options, ssh=request_ssh(common, process.host))
-    log = open_log(common)
-    try:
-        return asyncio.run(_run(request, process.host, common, log))
-    finally:
-        log.close()
+    return msgspec.structs.replace(request, options=options, ssh=request_ssh(common, process.host))
 
 
-def open_log(common: Common) -> LogFile:
-    try:
-        return LogFile(common.log_file)
-    except OSError as error:
-        message = f"--log-file: {common.log_file}: {error.strerror}"
-        raise Failure("usage", message, "coordinator", ExitCode.USAGE) from error
-
-
-async def _run(request: Request, source: HostTarget | None, common: Common, log: LogFile) -> ExitCode:
-    shown = progress.presenter(common.verbose, common.quiet)
-    try:
-        coordinator = Coordinator(source, common.ssh, request, _both(log, shown))
-        handle_interrupts(coordinator)
-        answer = await coordinator.run()
-        log.write(answer)
-    finally:
-        shown.close()
+async def _run(request: Request, source: HostTarget | None, common: Common, audience: Audience) -> ExitCode:
+    coordinator = Coordinator(source, common.ssh, request, audience.on_event)
+    on_interrupt(coordinator.interrupt)
+    answer = await coordinator.run()
+    audience.on_event(answer)
+    audience.stop_showing()
     code = present(answer, common.json)
     await coordinator.close()
     return code
-
-
-def _both(log: LogFile, shown: progress.Presenter) -> Callable[[Event], None]:
-    def on_event(event: Event) -> None:
-        log.write(event)
-        shown.show(event)
-
-    return on_event
 
 
 def present(answer: Finished | Checked, as_json: bool) -> ExitCode:

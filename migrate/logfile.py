@@ -18,10 +18,12 @@ class LogFile:
         """OSError if the file cannot be written to."""
         self._file: TextIO | None = None if path is None else path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, event: Event) -> None:
+    def write(self, event: Event, about: str = "") -> None:
+        """`about`: which one of many it happens to."""
         if self._file is not None:
             now = datetime.now(UTC).isoformat(timespec="microseconds")
-            self._file.write(f"{now} {msgspec.json.encode(event).decode()}\n")
+            line = {"about": about, **msgspec.to_builtins(event)} if about else event
+            self._file.write(f"{now} {msgspec.json.encode(line).decode()}\n")
 
     def close(self) -> None:
         if self._file is not None:

@@ -10,10 +10,12 @@ from typing import Any, Final
 
 import click
 import msgspec
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from agent.api import MoveOptions, SshOptions
-from migrate import units
-from migrate.targets import parse_process
+from migrate import completion, units
+from migrate.targets import Place, parse_place, parse_process
 from transport.target import HostTarget, parse_host
 
 Command = Callable[..., Any]
@@ -36,6 +38,9 @@ class Parsed(click.ParamType[Any]):
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return completion.hosts(incomplete) if self.name in ("host", "process", "place") else []
+
 
 class Common(msgspec.Struct, frozen=True, kw_only=True):
     """What every subcommand that reaches a host knows."""
@@ -45,6 +50,8 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     verbose: int
     quiet: bool
     json: bool
+    log_format: str = "text"
+    typed: frozenset[str] = frozenset()  # fields of `ssh` that the command line itself says
 
 
 def parse_address(text: str) -> str:
@@ -57,15 +64,34 @@ def parse_address(text: str) -> str:
         raise ValueError(f"{text!r} is not an IP address (or none)") from None
 
 
+def _place(ctx: click.Context, param: click.Parameter, words: tuple[str, ...]) -> Place:
+    try:
+        return parse_place(words)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
+def required_id(place: Place) -> str:
+    """The migration that was named; click.UsageError."""
+    if place.id is None:
+        raise click.UsageError("name the migration: `migrate status` lists them")
+    return place.id
+
+
 HOST: Final = Parsed("host", parse_host)
 PROCESS: Final = Parsed("process", parse_process)
 DURATION: Final = Parsed("duration", units.parse_duration)
 BANDWIDTH: Final = Parsed("rate", units.parse_bandwidth)
 ADDRESS: Final = Parsed("address", parse_address)
 
+place_argument = click.argument(
+    "place", nargs=-1, type=Parsed("place", str), metavar="[[USER@]HOST[:PORT]] [ID]", callback=_place
+)
 process_argument = click.argument("process", type=PROCESS, metavar="[[USER@]SRC[:PORT]:]PID")
 destination_argument = click.argument("destination", type=HOST, metavar="[USER@]DEST[:PORT]")
 
+# Fields of SshOptions, and the parameters that they come from.
+_SSH: Final = {"identity": "identity", "config": "ssh_config", "agent_command": "agent_command"}
 _COMMON: Final = (
     click.option(
         "--identity", "-i", multiple=True, metavar="FILE", help="Private key for SSH connections from here."
@@ -88,9 +114,16 @@ _COMMON: Final = (
         "--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Append every event to this file."
     ),
     click.option("--verbose", "-v", count=True, help="Show messages of the agents; twice: all of them."),
+    click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        help="What progress and messages on standard error look like; json: an event a line, with its time.",
+    ),
     click.option("--quiet", "-q", is_flag=True, help="No progress, only errors and the report."),
     click.option(
-        "--json", "json", is_flag=True, help="Print one JSON object (ps: a list) instead of a table."
+        "--json", "json", is_flag=True, help="Print JSON instead of a table."
     ),
 )
 
@@ -150,18 +183,20 @@ _MOVE: Final = (
 )
 
 
+def _typed(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
 def common_options(function: Command) -> Command:
     """Adds the shared options; the function gets them as one `common: Common`."""
 
     @functools.wraps(function)
     def wrapped(**parameters: Any) -> Any:
+        given: dict[str, Any] = {field: parameters.pop(name) for field, name in _SSH.items()}
         common = Common(
-            ssh=SshOptions(
-                identity=parameters.pop("identity"),
-                config=parameters.pop("ssh_config"),
-                agent_command=parameters.pop("agent_command"),
-            ),
-            **{name: parameters.pop(name) for name in ("log_file", "verbose", "quiet", "json")},
+            ssh=SshOptions(**given),
+            typed=frozenset(field for field, name in _SSH.items() if _typed(name)),
+            **{name: parameters.pop(name) for name in ("log_file", "verbose", "quiet", "json", "log_format")},
         )
         return function(common=common, **parameters)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import UTC, datetime
 from typing import Final, Protocol, TextIO
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
@@ -61,12 +63,13 @@ def threshold(verbose: int, quiet: bool) -> int:
 
 
 class PlainLines:
-    """A line for each state and round, and one now and then within a long round."""
+    """A line for each state and round, and one now and then within a long round; `about`: begins each, if many speak."""
 
-    def __init__(self, stream: TextIO, level: int, quiet: bool = False) -> None:
+    def __init__(self, stream: TextIO, level: int, quiet: bool = False, about: str = "") -> None:
         self._stream = stream
         self._level = level
         self._quiet = quiet
+        self._prefix = f"{clean(about)}: " if about else ""
         self._last = time.monotonic()
 
     def show(self, event: Event) -> None:
@@ -87,7 +90,7 @@ class PlainLines:
 
     def _line(self, text: str) -> None:
         self._last = time.monotonic()
-        print(text, file=self._stream, flush=True)
+        print(self._prefix + text, file=self._stream, flush=True)
 
 
 class LiveLine:
@@ -141,9 +144,34 @@ class LiveLine:
         self._bar.update(self._task, description=description, total=total, completed=done, what=what)
 
 
-def presenter(verbose: int, quiet: bool) -> Presenter:
-    """What suits standard error."""
+class JsonLines:
+    """A line of JSON for each event, with the time it was seen, for machines that follow; `about`: whose it is."""
+
+    def __init__(self, stream: TextIO, level: int, quiet: bool = False, about: str = "") -> None:
+        self._stream = stream
+        self._level = level
+        self._quiet = quiet
+        self._about = {"about": about} if about else {}
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Log):
+            if _LEVELS[event.level] < self._level:
+                return
+        elif self._quiet:
+            return
+        now = datetime.now(UTC).isoformat(timespec="microseconds")
+        line = {"time": now, **self._about, **msgspec.to_builtins(event)}
+        print(msgspec.json.encode(line).decode(), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left to undo."""
+
+
+def presenter(verbose: int, quiet: bool, form: str = "text", live: bool = True, about: str = "") -> Presenter:
+    """What suits standard error; `live` if there will be progress, of one migration; `about`: which one of many."""
     level = threshold(verbose, quiet)
-    if quiet or not sys.stderr.isatty():
-        return PlainLines(sys.stderr, level, quiet)
+    if form == "json":
+        return JsonLines(sys.stderr, level, quiet, about)
+    if quiet or not live or not sys.stderr.isatty():
+        return PlainLines(sys.stderr, level, quiet, about)
     return LiveLine(Console(stderr=True, highlight=False, markup=False), level)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import IO, Final
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +17,7 @@ from agent.api import (
     CheckResult,
     Endpoint,
     ErrorInfo,
+    MigrationRecord,
     Notice,
     Outcome,
     Phase,
@@ -90,6 +92,57 @@ def of_processes(processes: Iterable[ProcessInfo]) -> Table:
             Text(clean(process.command)),
         )
     return table
+
+
+def of_migrations(records: Iterable[MigrationRecord]) -> RenderableType:
+    """A list of them."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("migration", "started", "pid", "to", "state"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "pid" else "left")
+    table.add_column("pause", justify="right", no_wrap=True)
+    for record in records:
+        pause = record.report.pause_ms if record.report is not None else None
+        table.add_row(
+            record.id,
+            _when(record.created),
+            str(record.request.pid),
+            Text(clean(record.request.destination)),
+            _how_far(record),
+            "" if pause is None else units.milliseconds(pause),
+        )
+    return table if table.row_count else Text("there are none")
+
+
+def of_record(record: MigrationRecord) -> RenderableType:
+    """One of them, in short."""
+    facts = [
+        ("migration", record.id),
+        ("process", str(record.request.pid)),
+        ("to", clean(record.request.destination)),
+        ("started", _when(record.created)),
+        ("ended", _when(record.finished) if record.finished else ""),
+        ("state", _how_far(record).plain),
+    ]
+    if record.status == "running":
+        alone = {"abort": "it is given up", "continue": "it goes on"}
+        facts.append(("if nobody watches", alone[record.request.on_disconnect]))
+    parts: list[RenderableType] = [_facts([fact for fact in facts if fact[1]])]
+    if record.report is not None and record.report.error is not None:
+        parts.append(_error(record.report.error))
+    return Group(*parts)
+
+
+def _when(time: datetime) -> str:
+    return time.astimezone().isoformat(sep=" ", timespec="seconds")
+
+
+def _how_far(record: MigrationRecord) -> Text:
+    if record.report is not None:
+        outcome = record.report.outcome
+        return Text(outcome, style=_HEADLINE[outcome][1])
+    if record.status == "lost":
+        return Text("lost: the agent's service ended before it did", style="bold red")
+    return Text(clean(record.state) or "connecting")
 
 
 def _movable(blockers: Sequence[Blocker]) -> Text:

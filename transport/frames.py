@@ -4,9 +4,10 @@ Every frame is a header of 16 bytes, little endian, and a body:
 
     magic u16 = 0x474D | kind u8 | reserved u8 = 0 | body length u32 | CRC-32 of the body u32 | raw size u32
 
-kind 0 is a message (msgpack, `transport.messages`); 1 and 2 are pages: a table of ranges, then their bytes one after
-another, compressed with zstd (1) or as they are (2). `raw size` is the length of those bytes before compression, 0 for a
-message. Lengths are bounded before anything is allocated; whatever does not fit is a ProtocolError, and nothing else.
+kind 0 is a message (msgpack, `agent.protocol`); 1 and 2 are pages: a table of ranges, then their bytes one
+after another, compressed with zstd (1) or as they are (2). `raw size` is the length of those bytes before
+compression, 0 for a message. Lengths are bounded before anything is allocated; what does not fit is a
+ProtocolError.
 """
 
 from __future__ import annotations
@@ -50,7 +51,16 @@ class Header(msgspec.Struct, frozen=True):
 
 def encode(kind: Kind, body: bytes, raw_size: int = 0) -> bytes:
     """One whole frame."""
-    return HEADER.pack(MAGIC, kind, 0, len(body), zlib.crc32(body), raw_size) + body
+    return header(kind, (body,), raw_size) + body
+
+
+def header(kind: Kind, parts: Sequence[bytes | memoryview], raw_size: int = 0) -> bytes:
+    """Of a frame whose body is these parts, one after another."""
+    checksum, length = 0, 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+        length += len(part)
+    return HEADER.pack(MAGIC, kind, 0, length, checksum, raw_size)
 
 
 def decode_header(data: bytes) -> Header:
@@ -81,7 +91,7 @@ def encode_ranges(ranges: Sequence[tuple[int, int]]) -> bytes:
 
 
 def decode_ranges(body: memoryview) -> tuple[list[tuple[int, int]], memoryview]:
-    """The table at the head of a body, and what follows it; ProtocolError unless ordered, page-aligned, bounded."""
+    """The table at the head of a body, and the rest; ProtocolError unless ordered, page-aligned, bounded."""
     if len(body) < _COUNT.size:
         raise ProtocolError("a page frame without its table")
     count = _COUNT.unpack_from(body)[0]

@@ -140,9 +140,18 @@ class Link:
         self._ended = ended
 
     @property
+    def ended(self) -> Ended:
+        """Done when it has ended."""
+        return self._ended
+
+    @property
     def end(self) -> ProcessEnd | None:
         """How it ended; None while it stands."""
         return self._ended.result() if self._ended.done() else None
+
+    def kill(self) -> None:
+        """End the command's session, but not the connection, at once."""
+        self._channel.abort()
 
     @property
     def bytes_sent(self) -> int:

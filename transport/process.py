@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import codecs
 import signal
+import socket
+from asyncio.subprocess import PIPE
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
@@ -70,32 +72,22 @@ class Lines:
             self._on_line(line)
 
 
-class Writer(Protocol):
-    """What an asyncssh channel and an asyncio StreamWriter have in common."""
+class Bridge(msgspec.Struct, frozen=True):
+    """A command whose standard input and output are the other end of a socket of ours."""
 
-    def write(self, data: bytes) -> None: ...
-
-    def write_eof(self) -> None: ...
-
-    def is_closing(self) -> bool: ...
+    ended: asyncio.Future[ProcessEnd]
+    kill: Callable[[], Any]
 
 
 class AgentProcess:
-    """A running agent that is spoken to in lines of text, on another host or on this one."""
+    """A running agent on this host that is spoken to in lines of text."""
 
-    def __init__(
-        self,
-        host: str,
-        reader: asyncio.StreamReader,
-        writer: Writer,
-        ended: asyncio.Future[ProcessEnd],
-        kill: Callable[[], Any],
-    ) -> None:
-        self.host = host
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, process: asyncio.subprocess.Process, ended: asyncio.Future[ProcessEnd]) -> None:
+        assert process.stdin and process.stdout  # pipes
+        self._process = process
+        self._reader = process.stdout
+        self._writer = process.stdin
         self._ended = ended
-        self._kill = kill
 
     def send(self, line: bytes) -> None:
         """Write one line; nothing happens if the agent is gone, its end tells."""
@@ -117,8 +109,8 @@ class AgentProcess:
         return await asyncio.shield(self._ended)
 
     def kill(self) -> None:
-        """End it, or the connection to it, at once."""
-        self._kill()
+        """End it at once."""
+        _kill(self._process)
 
 
 async def run_local(
@@ -126,18 +118,26 @@ async def run_local(
 ) -> AgentProcess:
     """Start a command here, in a session of its own: the terminal's Ctrl-C is for its parent. OSError."""
     process = await asyncio.create_subprocess_exec(
-        *argv, stdin=-1, stdout=-1, stderr=-1, env=env, limit=LINE_LIMIT, start_new_session=True
+        *argv, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=env, limit=LINE_LIMIT, start_new_session=True
     )
-    assert process.stdin and process.stdout and process.stderr  # all three are pipes
-    ended = asyncio.ensure_future(_local_end(process, process.stderr, on_stderr))
-    return AgentProcess("this host", process.stdout, process.stdin, ended, lambda: _kill_local(process))
+    return AgentProcess(process, asyncio.ensure_future(_end(process, on_stderr)))
 
 
-async def _local_end(
-    process: asyncio.subprocess.Process, stderr: asyncio.StreamReader, on_stderr: Callable[[str], None]
-) -> ProcessEnd:
+async def bridge_local(
+    argv: Sequence[str], env: dict[str, str], sock: socket.socket, on_stderr: Callable[[str], None]
+) -> Bridge:
+    """Start a command here whose standard input and output is `sock`, its alone from then on. OSError."""
+    with sock:
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=sock.fileno(), stdout=sock.fileno(), stderr=PIPE, env=env, start_new_session=True
+        )
+    return Bridge(asyncio.ensure_future(_end(process, on_stderr)), lambda: _kill(process))
+
+
+async def _end(process: asyncio.subprocess.Process, on_stderr: Callable[[str], None]) -> ProcessEnd:
+    assert process.stderr is not None
     lines = Lines(on_stderr)
-    while data := await stderr.read(65536):
+    while data := await process.stderr.read(65536):
         lines.feed(data)
     lines.feed(b"", final=True)
     code = await process.wait()
@@ -147,6 +147,6 @@ async def _local_end(
     return ProcessEnd(host="this host", status=code, said=said)
 
 
-def _kill_local(process: asyncio.subprocess.Process) -> None:
+def _kill(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.kill()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import asyncssh
 
-from transport.process import LINE_LIMIT, Lines, ProcessEnd
+from transport.process import Lines, ProcessEnd
 
 
 class Sink(Protocol):
@@ -23,22 +23,6 @@ class Sink(Protocol):
     def resume_writing(self) -> None: ...
 
     def connection_lost(self) -> None: ...
-
-
-class StreamSink:
-    """A sink for somebody who reads lines."""
-
-    def __init__(self) -> None:
-        self.reader = asyncio.StreamReader(limit=LINE_LIMIT)
-        self.data_received = self.reader.feed_data
-        self.eof_received = self.reader.feed_eof
-        self.connection_lost = self.reader.feed_eof
-
-    def pause_writing(self) -> None:
-        """Requests are a few lines: nothing to hold back."""
-
-    def resume_writing(self) -> None:
-        pass
 
 
 class Session(asyncssh.SSHClientSession):  # type: ignore[misc]

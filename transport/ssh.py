@@ -30,8 +30,8 @@ from asyncssh.public_key import get_default_certificate_algs, get_default_public
 from agent.api import SshOptions
 from transport import link_errors as errors
 from transport.link import ChannelEnd, Link, LocalEnd
-from transport.process import AgentProcess
-from transport.session import Session, StreamSink
+from transport.process import Bridge
+from transport.session import Session
 from transport.ssh_errors import Trust, translate
 from transport.target import HostTarget, parse_host
 
@@ -83,16 +83,10 @@ async def connect(target: HostTarget, options: SshOptions, jumps: int = 0) -> An
     return connection
 
 
-async def run_agent(
-    target: HostTarget, options: SshOptions, argv: Sequence[str], on_stderr: OnLine
-) -> AgentProcess:
-    """Start `migrate-agent ARGV` on `target`, to speak with in lines of text. LinkError."""
-    connection = await connect(target, options)
-    sink = StreamSink()
-    session = Session(str(target), sink, on_stderr)
-    channel = await _execute(connection, target, session, _command(options, argv))
-    sink.reader.set_transport(channel)
-    return AgentProcess(str(target), sink.reader, channel, session.ended, connection.abort)
+def peer_address(connection: Any) -> str | None:
+    """The address of the host that a connection leads to; None behind a jump host or a ProxyCommand."""
+    sock = connection.get_extra_info("socket")
+    return None if sock is None else str(sock.getpeername()[0])
 
 
 async def open_link(target: HostTarget, options: SshOptions, sock: socket.socket, on_stderr: OnLine) -> Link:
@@ -103,32 +97,52 @@ async def open_link(target: HostTarget, options: SshOptions, sock: socket.socket
     LinkError if the command could not be started; `sock` is closed then too.
     """
     local = await LocalEnd.open(sock)
+    try:
+        connection = await connect(target, options)
+    except BaseException:
+        local.socket.close()
+        raise
+    try:
+        return await _pump(connection, target, agent_command(options, ("destination",)), local, on_stderr)
+    except BaseException:
+        connection.abort()
+        raise
+
+
+async def open_bridge(
+    connection: Any, target: HostTarget, command: str, sock: socket.socket, on_stderr: OnLine
+) -> Bridge:
+    """Start `command` over a connection that it may share with others, and pump bytes between it and `sock`.
+
+    As with a link, `sock` belongs to the bridge. LinkError; the connection stands in any case.
+    """
+    link = await _pump(connection, target, command, await LocalEnd.open(sock), on_stderr)
+    return Bridge(link.ended, link.kill)
+
+
+async def _pump(
+    connection: Any, target: HostTarget, command: str, local: LocalEnd, on_stderr: OnLine
+) -> Link:
     remote = ChannelEnd(local)
     session = Session(str(target), remote, on_stderr)
     try:
-        connection = await connect(target, options)
-        channel = await _execute(connection, target, session, _command(options, ("destination",)))
-    except BaseException:
+        channel, _ = await connection.create_session(
+            lambda: session, command, encoding=None, request_pty=False, window=WINDOW, max_pktsize=PACKET
+        )
+    except BaseException as error:
         local.socket.close()
+        if isinstance(error, OSError | asyncssh.Error):
+            raise translate(error, target, None) from error
         raise
     local.start(channel)
     return Link(connection, channel, local, remote, session.ended)
 
 
-def _command(options: SshOptions, argv: Sequence[str]) -> str:
-    """The agent command is the person's own shell text ("sudo migrate-agent"); the rest is quoted."""
+def agent_command(options: SshOptions, argv: Sequence[str]) -> str:
+    """What starts `migrate-agent ARGV` there.
+
+    The agent command is the person's own shell text ("sudo migrate-agent"); the rest is quoted."""
     return f"{options.agent_command} {shlex.join(argv)}"
-
-
-async def _execute(connection: Any, target: HostTarget, session: Session, command: str) -> Any:
-    try:
-        channel, _ = await connection.create_session(
-            lambda: session, command, encoding=None, request_pty=False, window=WINDOW, max_pktsize=PACKET
-        )
-    except (OSError, asyncssh.Error) as error:
-        connection.abort()
-        raise translate(error, target, None) from error
-    return channel
 
 
 def _config_files(target: HostTarget, options: SshOptions) -> list[str]:

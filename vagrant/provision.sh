@@ -24,6 +24,8 @@ redis-cli                             redis-tools
 nginx                                 nginx-light
 memcached                             memcached
 node                                  nodejs
+qemu-system-x86_64                    qemu-system-x86
+curl                                  curl
 "
 readonly POLICY=/usr/sbin/policy-rc.d
 

@@ -35,9 +35,9 @@ _held = ctypes.PyDLL(None, use_errno=True)
 _held.syscall.restype = ctypes.c_long
 
 
-def clone_args(flags: int, set_tid: int, child_tid: int = 0, exit_signal: int = 0) -> bytes:
+def clone_args(flags: int, set_tid: int, exit_signal: int = 0) -> bytes:
     """`struct clone_args`; `set_tid` is the address of an array with one pid_t, 0 for any number."""
-    return struct.pack("<11Q", flags, 0, child_tid, 0, exit_signal, 0, 0, 0, set_tid, 1 if set_tid else 0, 0)
+    return struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1 if set_tid else 0, 0)
 
 
 def fork_as(pid: int) -> int:

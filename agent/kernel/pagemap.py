@@ -1,7 +1,8 @@
-"""PAGEMAP_SCAN (linux/fs.h, Documentation/admin-guide/mm/pagemap.rst): which pages are there, which were written.
+"""/proc/PID/pagemap and its PAGEMAP_SCAN (Documentation/admin-guide/mm/pagemap.rst): pages there, pages written.
 
-With `write_protect` the scan gets-and-clears: pages reported as written are write-protected again in the same step, so
-no write between two scans is lost. Protect first, then read. Introduced by commit 52526ca7fdb9 (Linux 6.7).
+The file is one 64-bit entry a page. PAGEMAP_SCAN (linux/fs.h), introduced by commit 52526ca7fdb9 (Linux 6.7), answers in
+ranges; with `write_protect` it gets-and-clears: pages reported as written are write-protected again in the same step, so
+no write between two scans is lost. Protect first, then read.
 """
 
 from __future__ import annotations
@@ -28,9 +29,18 @@ PM_SCAN_CHECK_WPASYNC: Final = 1 << 1
 
 PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _VECTOR: Final = 16384
-_PM_SWAP: Final = 1 << 62
-_SWAP_TYPE: Final = 31
-_SWP_PTE_MARKER: Final = 31
+
+# an entry: bits 0-54 are the page frame's number, 0 for readers without CAP_SYS_ADMIN, or type and offset in swap
+PM_SOFT_DIRTY: Final = 1 << 55
+PM_MMAP_EXCLUSIVE: Final = 1 << 56
+PM_UFFD_WP: Final = 1 << 57
+PM_GUARD_REGION: Final = 1 << 58  # Linux 6.15
+PM_FILE: Final = 1 << 61
+PM_SWAP: Final = 1 << 62
+PM_PRESENT: Final = 1 << 63
+PM_PFN_MASK: Final = (1 << 55) - 1
+SWAP_TYPE: Final = 31
+SWP_PTE_MARKER: Final = 31  # the last of all swap types (include/linux/swap.h): no page, a mark on a hole
 
 Region = tuple[int, int, int]  # start, end, categories
 
@@ -76,15 +86,18 @@ class Pagemap:
     def markers(self, start: int, end: int) -> list[tuple[int, int]]:
         """Pages of [start, end) that are no pages but userfaultfd's marks on a hole in a file mapping.
 
-        PAGEMAP_SCAN calls them swapped. Their type is the last of all swap types (include/linux/swap.h, SWP_PTE_MARKER).
+        PAGEMAP_SCAN calls them swapped.
         """
-        count = (end - start) // 4096
-        words = struct.unpack(f"<{count}Q", os.pread(self._fd, 8 * count, start // 4096 * 8))
+        words = struct.unpack(f"<{(end - start) // 4096}Q", self.entries(start, end))
         return [
             (start + 4096 * n, start + 4096 * (n + 1))
             for n, word in enumerate(words)
-            if word & _PM_SWAP and word & _SWAP_TYPE == _SWP_PTE_MARKER
+            if word & PM_SWAP and word & SWAP_TYPE == SWP_PTE_MARKER
         ]
+
+    def entries(self, start: int, end: int) -> bytes:
+        """The entries of [start, end), 8 bytes a page; short if that reaches beyond the address space."""
+        return os.pread(self._fd, (end - start) // 512, start // 512)
 
     def scan(
         self,

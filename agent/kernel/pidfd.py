@@ -18,9 +18,17 @@ def getfd(pidfd: int, fd: int) -> int:
     return check(libc.syscall(NR_pidfd_getfd, pidfd, fd, 0), f"descriptor {fd}")
 
 
+def compare_files(pid: int, first: int, second: int) -> int:
+    """0 if two descriptors of a process are one open file description (offset and flags in common).
+
+    Otherwise -1 or 1, in an order that is the same for as long as the host runs (kcmp(2), KCMP_FILE).
+    """
+    result = check(libc.syscall(NR_kcmp, pid, pid, KCMP_FILE, first, second), f"pid {pid}, fds {first}, {second}")
+    return (0, -1, 1)[result]
+
+
 def same_file(pid: int, first: int, second: int) -> bool:
-    """Whether two descriptors of a process are one open file description (offset and flags in common)."""
-    return check(libc.syscall(NR_kcmp, pid, pid, KCMP_FILE, first, second), f"pid {pid}, fds {first}, {second}") == 0
+    return compare_files(pid, first, second) == 0
 
 
 def open_process(pid: int) -> int:

@@ -1,14 +1,16 @@
 """/proc/PID: each file parsed once, into typed values. Formats: proc(5), Documentation/filesystems/proc.rst.
 
-A process that is gone is ProcessLookupError, from every function here.
+A process that is gone is ProcessLookupError, from every function here. Paths are any bytes; they are decoded as Python
+does it (`os.fsdecode`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -17,6 +19,17 @@ T = TypeVar("T")
 PROT_READ: Final = 1
 PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
+_READ_SIZE: Final = 1 << 16  # the kernel gives a page at a time anyway
+
+
+def is_text(path: str) -> bool:
+    """Whether a path, as the kernel has it, is UTF-8. One that is not has surrogates in it (PEP 383)."""
+    return path == printable(path)
+
+
+def printable(path: str) -> str:
+    """For messages: what is not UTF-8 as \\xNN."""
+    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class MapsLine(msgspec.Struct, frozen=True):
@@ -36,10 +49,13 @@ class MapsLine(msgspec.Struct, frozen=True):
 def read(path: str) -> bytes:
     """A whole /proc file; ProcessLookupError if the process is gone."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ProcessLookupError(3, "no such process", path) from None
+    try:
+        return b"".join(iter(lambda: os.read(fd, _READ_SIZE), b""))
+    finally:
+        os.close(fd)
 
 
 def _maps_line(line: str) -> MapsLine:
@@ -72,24 +88,53 @@ def maps(pid: int) -> list[MapsLine]:
 
 
 def smaps(pid: int) -> list[MapsLine]:
-    """/proc/PID/smaps with `vmflags`: walks the page tables, some milliseconds a GiB."""
-    text = read(f"/proc/{pid}/smaps").decode("utf-8", "surrogateescape")
+    """/proc/PID/smaps with `vmflags`: walks the page tables, a dozen milliseconds a GiB."""
+    return parse_smaps(read_smaps(pid))
+
+
+def read_smaps(pid: int) -> bytes:
+    return read(f"/proc/{pid}/smaps")
+
+
+def parse_smaps(text: bytes) -> list[MapsLine]:
+    """Of each mapping's block only the first line, as in maps, and the last are of use."""
+    blocks = text.split(b"\nVmFlags: ")
     found: list[MapsLine] = []
-    head = ""
-    for line in text.split("\n"):
-        if line.startswith("VmFlags:"):
-            flags = frozenset(line.split()[1:])
-            found.append(msgspec.structs.replace(_maps_line(head), vmflags=flags))
-        elif line and not line[0].isupper():
-            head = line
+    for number, block in enumerate(blocks[:-1]):
+        begin = 0 if number == 0 else block.index(b"\n") + 1
+        head = block[begin : block.index(b"\n", begin)].decode("utf-8", "surrogateescape")
+        flags = blocks[number + 1].partition(b"\n")[0]
+        found.append(msgspec.structs.replace(_maps_line(head), vmflags=_vmflags(flags)))
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _vmflags(text: bytes) -> frozenset[str]:
+    return frozenset(text.decode().split())
 
 
 def status(pid: int, tid: int | None = None) -> dict[str, str]:
     """/proc/PID/status (or a thread's) as name to text."""
     path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
-    pairs = (line.partition(":") for line in read(path).decode("utf-8", "replace").splitlines())
+    # a program chooses its name: it must not look like lines of its own
+    pairs = (line.partition(":") for line in read(path).decode("utf-8", "replace").split("\n"))
     return {name: value.strip() for name, _, value in pairs}
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """The part of a thread's status that all threads of a process should have in common."""
+
+    credentials: bytes  # the lines Uid to Groups, CapInh to NoNewPrivs, as they are
+    seccomp: bool
+
+
+def settings(pid: int, tid: int) -> Settings:
+    """Cheaper than `status`: asked of each thread in the freeze."""
+    text = read(f"/proc/{pid}/task/{tid}/status")
+    ids = text[text.index(b"\nUid:") : text.index(b"\nFDSize:")]
+    ids += text[text.index(b"\nGroups:") : text.index(b"\nNStgid:")]
+    capabilities, seccomp, rest = text[text.index(b"\nCapInh:") :].partition(b"\nSeccomp:")
+    return Settings(ids + capabilities, bool(seccomp) and rest.split(None, 1)[0] != b"0")
 
 
 class Stat(msgspec.Struct, frozen=True):
@@ -130,6 +175,15 @@ def stat(pid: int, tid: int | None = None) -> Stat:
     )
 
 
+def born(pid: int) -> int | None:
+    """What tells this process from another one with its number; None if it is dead."""
+    try:
+        found = stat(pid)
+    except (ProcessLookupError, ValueError):
+        return None
+    return None if found.state in "ZXx" else found.starttime
+
+
 def threads(pid: int) -> list[int]:
     """Thread ids, in the reader's pid namespace."""
     try:
@@ -147,9 +201,25 @@ def each_thread(pid: int, look: Callable[[int], T]) -> list[T]:
     return found
 
 
+@functools.cache
+def _lists_children() -> bool:
+    """Whether this kernel has lists of children (CONFIG_PROC_CHILDREN)."""
+    return os.path.exists("/proc/thread-self/children")
+
+
 def children(pid: int) -> list[int]:
+    """Child processes, of any of its threads, zombies too."""
+    if not _lists_children():
+        return [child for child in processes() if _parent(child) == pid]
     lists = each_thread(pid, lambda tid: read(f"/proc/{pid}/task/{tid}/children").split())
     return [int(x) for found in lists for x in found]
+
+
+def _parent(pid: int) -> int:
+    try:
+        return stat(pid).ppid
+    except ProcessLookupError:  # ended since the listing
+        return 0
 
 
 def fds(pid: int) -> dict[int, str]:
@@ -190,7 +260,7 @@ class PosixTimer(msgspec.Struct, frozen=True):
     signal: int
     value: int
     notify: int  # SIGEV_*
-    thread: int  # for SIGEV_THREAD_ID
+    thread: int  # for SIGEV_THREAD_ID; in the numbers of the reader's pid namespace
     clock: int
 
 
@@ -231,3 +301,20 @@ def namespace(pid: int, kind: str) -> str:
 
 def auxv(pid: int) -> bytes:
     return read(f"/proc/{pid}/auxv")
+
+
+class InSyscall(NamedTuple):
+    """A thread that is off its CPU: the syscall it is in, None if it is in none, stack and instruction pointer."""
+
+    number: int | None
+    stack: int
+    instruction: int
+
+
+def in_syscall(pid: int, tid: int) -> InSyscall | None:
+    """/proc/PID/task/TID/syscall; None if the thread runs."""
+    words = read(f"/proc/{pid}/task/{tid}/syscall").split()
+    if words == [b"running"]:
+        return None
+    number = int(words[0])
+    return InSyscall(number if number >= 0 else None, int(words[-2], 16), int(words[-1], 16))

@@ -48,6 +48,7 @@ PTRACE_EVENT_CLONE: Final = 3
 PTRACE_EVENT_EXEC: Final = 4
 PTRACE_EVENT_EXIT: Final = 6
 PTRACE_EVENT_STOP: Final = 128
+SYSCALL_STOP: Final = 5 | 0x80  # the "signal" of a syscall's stop with PTRACE_O_TRACESYSGOOD
 
 NT_X86_XSTATE: Final = 0x202
 WALL: Final = 0x4000_0000  # wait(2) __WALL: threads too
@@ -96,9 +97,9 @@ def singlestep(tid: int) -> None:
     _call(PTRACE_SINGLESTEP, tid)
 
 
-def to_syscall(tid: int) -> None:
-    """Go on to the next entry to, or exit from, a syscall."""
-    _call(PTRACE_SYSCALL, tid)
+def to_syscall(tid: int, signal: int = 0) -> None:
+    """Go on, with a signal, to the next entry to, or exit from, a syscall."""
+    _call(PTRACE_SYSCALL, tid, 0, signal)
 
 
 def detach(tid: int, signal: int = 0) -> None:

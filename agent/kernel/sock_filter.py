@@ -46,6 +46,7 @@ class Kind(enum.IntEnum):
     APPLICATION = 0
     LOCK = 1  # drops everything
     QUIESCE = 2  # drops only what would open a new connection
+    OPEN = 3  # drops nothing: a socket that is being let go
 
 
 class Filter(NamedTuple):
@@ -82,6 +83,7 @@ _DROP = {
             ),  # the application's program finds the accumulator as it would without ours
         ]
     ),
+    Kind.OPEN: assemble([(BPF_LD_W_IMM, 0, 0, 0)]),
 }
 _ACCEPT_ALL = assemble([(BPF_RET_K, 0, 0, ACCEPT)])
 

@@ -2,13 +2,19 @@
 
 An entry is bound to an open file description under a descriptor number. One whose number was closed while the
 description lives on cannot be registered again, and is refused.
+
+An EPOLLONESHOT entry that has fired is silent until the program arms it again: the kernel has taken away all its events.
+No call makes such an entry, for EPOLL_CTL_ADD and MOD always add EPOLLERR and EPOLLHUP; so it is made with every event
+there is, and fires here (`agent.silencing`).
 """
 
 from __future__ import annotations
 
 import os
 import re
+import select
 import struct
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -18,10 +24,14 @@ from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
 from agent.kernel.pidfd import KCMP_EPOLL_TFD, NR_kcmp
-from agent.tracee import Batch
+from agent.tracee import Batch, Tracee
 
 NAME: Final = "epoll"
 EPOLL_CTL_ADD: Final = 1
+EPOLLONESHOT: Final = 1 << 30
+# fs/eventpoll.c EP_PRIVATE_BITS: what is left of an entry's events when it has fired
+_PRIVATE_BITS: Final = 1 << 31 | EPOLLONESHOT | 1 << 29 | 1 << 28  # EPOLLET, EPOLLONESHOT, EPOLLWAKEUP, EPOLLEXCLUSIVE
+_EVERY_EVENT: Final = 0x27FF  # EPOLLIN ... EPOLLMSG, EPOLLRDHUP
 _ENTRY: Final = re.compile(r"(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)")
 
 
@@ -29,6 +39,11 @@ class Entry(msgspec.Struct, frozen=True):
     fd: int
     events: int
     data: int
+
+    @property
+    def fired(self) -> bool:
+        """An EPOLLONESHOT entry that waits to be armed again."""
+        return bool(self.events & EPOLLONESHOT) and not self.events & ~_PRIVATE_BITS
 
 
 class State(msgspec.Struct, frozen=True):
@@ -39,7 +54,7 @@ def recognise(file: OpenFile) -> bool:
     return file.link == "anon_inode:[eventpoll]"
 
 
-def _entries(info: list[tuple[str, str]]) -> list[Entry]:
+def entries(info: list[tuple[str, str]]) -> list[Entry]:
     found = []
     for name, value in info:
         match = _ENTRY.match(value) if name == "tfd" else None
@@ -56,7 +71,7 @@ def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
             why=f"it watches a file under descriptor {entry.fd}, which was closed or is another file now",
             hint="remove the entry before closing the descriptor",
         )
-        for entry in _entries(file.info)
+        for entry in entries(file.info)
         if not _still_there(process.pid, file.fd, entry)
     ]
 
@@ -68,22 +83,39 @@ def _still_there(pid: int, epoll: int, entry: Entry) -> bool:
 
 
 def capture(file: OpenFile, process: SourceProcess) -> State:
-    return State(tuple(_entries(file.info)))
+    return State(tuple(entries(file.info)))
 
 
 def stale(files: list[OpenFile], pid: int) -> list[str]:
     """Cheap check for the freeze: entries whose descriptor number is not open at all."""
     numbers = {n for f in files for n, _ in f.numbers}
-    return [f.name for f in files if recognise(f) for e in _entries(f.info) if e.fd not in numbers]
+    return [f.name for f in files if recognise(f) for e in entries(f.info) if e.fd not in numbers]
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
     return check(libc.epoll_create1(os.O_CLOEXEC), "epoll")
 
 
-def add_entries(batch: Batch, fd: int, state: State) -> None:
-    """In the process, when all descriptors are in place: epoll_ctl(2) with `struct epoll_event` (packed)."""
-    for entry in state.entries:
-        event = batch.put(struct.pack("<IQ", entry.events, entry.data))
-        batch.call(f"epoll_ctl {entry.fd}", arch.NR_epoll_ctl, fd, EPOLL_CTL_ADD, entry.fd, event)
+def add_entries(batch: Batch, fd: int, state: State, fired: bool) -> None:
+    """In the process, when all descriptors are in place: epoll_ctl(2) with `struct epoll_event` (packed).
 
+    Entries that have fired come first, armed for everything, and must be silenced before the others are added.
+    """
+    for entry in state.entries:
+        if entry.fired == fired:
+            event = batch.put(struct.pack("<IQ", entry.events | (_EVERY_EVENT if fired else 0), entry.data))
+            batch.call(f"epoll_ctl {entry.fd}", arch.NR_epoll_ctl, fd, EPOLL_CTL_ADD, entry.fd, event)
+
+
+def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
+    """Let it have an event (see `agent.silencing`): an entry for an eventfd that is always ready."""
+    ready = os.eventfd(1, os.EFD_CLOEXEC)
+    watch = select.epoll.fromfd(os.dup(fd))
+    watch.register(ready, select.EPOLLIN)
+
+    def calm() -> None:
+        watch.unregister(ready)
+        watch.close()
+        os.close(ready)
+
+    return calm

@@ -1,8 +1,8 @@
 """Files that both hosts must have: executables, libraries, mapped and opened regular files.
 
-A file is the same on the other host if its path, size and content hash are the same there; the build id only makes the
-message better. Nothing is ever overwritten: a file that is missing may be copied (`--copy-files`), one that differs is
-refused by name.
+A file is the same on the other host if its path, size and content hash are the same there. The build id makes the
+message better, and stands for the content of what is mapped so late that only the pause is left to describe it. Nothing
+is ever overwritten: a file that is missing may be copied (`--copy-files`), one that differs is refused by name.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
+from agent.kernel import elf
+from agent.unmovable import Unmovable
 
 _CHUNK: Final = 1 << 20
+HURRIED_SIZE: Final = 4 << 20  # whose digest takes a few milliseconds
 
 
 class FileRef(msgspec.Struct, frozen=True):
-    """A regular file by what is in it. `digest` is empty where only existence and size matter."""
+    """A regular file by what is in it: its digest, or its build id alone; neither where only the size matters."""
 
     path: str
     size: int
@@ -30,6 +33,7 @@ class FileRef(msgspec.Struct, frozen=True):
     digest: bytes = b""  # SHA-256
     build_id: str = ""
     identity: tuple[int, int] = (0, 0)  # file system id and inode: equal on two hosts only if the file system is shared
+    stamp: tuple[int, int, int] = (0, 0, 0)  # size, st_mtime and st_ctime in nanoseconds: whether it was written since
 
 
 def digest(fd: int) -> bytes:
@@ -44,43 +48,66 @@ def digest(fd: int) -> bytes:
 
 def build_id(path: str) -> str:
     """The GNU build id of an ELF file, "" if there is none."""
-    from elftools.common.exceptions import ELFError
-    from elftools.elf.elffile import ELFFile
-
     try:
-        with open(path, "rb") as file:
-            section = ELFFile(file).get_section_by_name(".note.gnu.build-id")
-            return next((n["n_desc"] for n in section.iter_notes()), "") if section else ""
-    except (ELFError, OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
         return ""
-
-
-def describe(path: str, through: str) -> FileRef:
-    """The file `path`, read through `through` (a /proc link that leads to the very inode)."""
-    fd = os.open(through, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        info = os.fstat(fd)
-        mode = stat.S_IMODE(info.st_mode)
-        return FileRef(path, info.st_size, mode, digest(fd), identity=_identity(fd, info))
+        return elf.build_id(fd)
     finally:
         os.close(fd)
 
 
-def _identity(fd: int, info: os.stat_result) -> tuple[int, int]:
+def describe(path: str, through: str, hurried: bool = False) -> FileRef:
+    """The file `path`, read through `through` (a /proc link that leads to the very inode).
+
+    `hurried`, in a pause: its build id will do, and what has none must be small; Unmovable if it is not.
+    """
+    fd = os.open(through, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        info = os.fstat(fd)
+        mode, its = stat.S_IMODE(info.st_mode), identity(fd, info)
+        name = elf.build_id(fd) if hurried else ""
+        if hurried and not name and info.st_size > HURRIED_SIZE:
+            why = f"{path} ({info.st_size} bytes) was mapped too late to be compared before the pause"
+            raise Unmovable("file-new", why)
+        content = b"" if name else digest(fd)
+        return FileRef(path, info.st_size, mode, content, build_id=name, identity=its, stamp=_stamp(info))
+    finally:
+        os.close(fd)
+
+
+def identity(fd: int, info: os.stat_result) -> tuple[int, int]:
     return os.fstatvfs(fd).f_fsid, info.st_ino
+
+
+def stamp(path: str) -> tuple[int, int, int] | None:
+    """By which one sees whether a file was written since it was described; None if it is gone."""
+    try:
+        return _stamp(os.stat(path))
+    except OSError:
+        return None
+
+
+def _stamp(info: os.stat_result) -> tuple[int, int, int]:
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def shared(file: FileRef) -> bool:
+    """Whether our file of that name is the very same one, on a file system that both hosts have."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return identity(fd, os.fstat(fd)) == file.identity
+    finally:
+        os.close(fd)
 
 
 def compare_opened(file: FileRef, copy_files: bool) -> Blocker | None:
     """The same for a file that the process has open and may be writing: on a shared file system it may differ by now."""
-    try:
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
-        return compare(file, copy_files)
-    try:
-        shared = _identity(fd, os.fstat(fd)) == file.identity
-    finally:
-        os.close(fd)
-    return None if shared else compare(file, copy_files)
+    return None if shared(file) else compare(file, copy_files)
 
 
 def compare(file: FileRef, copy_files: bool) -> Blocker | None:
@@ -92,23 +119,33 @@ def compare(file: FileRef, copy_files: bool) -> Blocker | None:
     except OSError as error:
         return _differs(file, f"it cannot be opened there: {error.strerror}")
     try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            return _differs(file, "it is no regular file there")
-        if info.st_size != file.size:
-            return _differs(file, f"{file.size} bytes here, {info.st_size} there")
-        if file.digest and digest(fd) != file.digest:
-            return _differs(file, _content(file))
-        return None
+        how = _difference(file, fd)
     finally:
         os.close(fd)
+    return _differs(file, how) if how else None
 
 
-def _content(file: FileRef) -> str:
-    theirs = build_id(file.path)
+def _difference(file: FileRef, fd: int) -> str:
+    """In what ours is another; "" if it is the same."""
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode):
+        return "it is no regular file there"
+    if info.st_size != file.size:
+        return f"{file.size} bytes here, {info.st_size} there"
+    if _same_content(file, fd, info):
+        return ""
+    theirs = elf.build_id(fd)
     if file.build_id and theirs:
         return f"build id {file.build_id} here, {theirs} there"
     return "same size, other content"
+
+
+def _same_content(file: FileRef, fd: int, info: os.stat_result) -> bool:
+    if identity(fd, info) == file.identity and _stamp(info) == file.stamp:
+        return True  # the very same file, or a clone of it that nobody has changed
+    if file.digest:
+        return digest(fd) == file.digest
+    return not file.build_id or elf.build_id(fd) == file.build_id
 
 
 def _missing(file: FileRef) -> Blocker:

@@ -13,10 +13,13 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
+from agent.descriptors import path_blockers
+from agent.kernel import procfs
 from agent.kernel.procfs import MapsLine
 from agent.layout import Flag, Mapping
 from agent.resources.files import FileRef, build_id, describe
 from agent.shadow import Special
+from agent.unmovable import Unmovable
 
 _VMFLAGS: Final = {
     "gd": Flag.GROWSDOWN,
@@ -62,13 +65,16 @@ class FileTable:
         return self._numbers[key]
 
     def _describe(self, line: MapsLine) -> FileRef:
+        for blocker in path_blockers(line.name, procfs.printable(line.name)):  # mapped since they were looked at
+            raise Unmovable(blocker.kind, f"{blocker.what}: {blocker.why}")
+        hurried = procfs.stat(self._pid).state == "t"  # stopped by us: this is the pause
         try:
-            return describe(line.name, f"/proc/{self._pid}/map_files/{line.start:x}-{line.end:x}")
+            return describe(line.name, f"/proc/{self._pid}/map_files/{line.start:x}-{line.end:x}", hurried)
         except FileNotFoundError:  # the running process has unmapped or cut it since: then by its name
             path = f"/proc/{self._pid}/root{line.name}"
             if os.stat(path).st_ino != line.inode:
                 raise
-            return describe(line.name, path)
+            return describe(line.name, path, hurried)
 
     def number_of_path(self, path: str, through: str) -> int:
         info = os.stat(through)
@@ -83,7 +89,7 @@ class FileTable:
 
     def with_build_ids(self) -> list[FileRef]:
         """For better messages at the other end."""
-        return [msgspec.structs.replace(r, build_id=build_id(r.path)) for r in self.refs]
+        return [msgspec.structs.replace(r, build_id=r.build_id or build_id(r.path)) for r in self.refs]
 
 
 def specials(lines: Sequence[MapsLine]) -> list[Special]:
@@ -136,8 +142,9 @@ def blockers(lines: Sequence[MapsLine], scratch: tuple[int, int] = (0, 0)) -> li
 
 
 def _line_blockers(line: MapsLine) -> list[Blocker]:
-    what = f"mapping {line.start:#x}-{line.end:#x} {line.name}".rstrip()
-    found = [
+    what = f"mapping {line.start:#x}-{line.end:#x} {procfs.printable(line.name)}".rstrip()
+    found = path_blockers(line.name, what) if line.inode else []
+    found += [
         Blocker(kind=kind, what=what, why=f"it is {text}", hint="")
         for flag, (kind, text) in _REFUSED.items()
         if flag in line.vmflags

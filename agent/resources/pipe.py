@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -15,6 +16,7 @@ from agent.api import Blocker
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.kernel import procfs
 from agent.kernel.errors import check, libc
+from agent.tracee import Tracee
 
 NAME: Final = "pipe"
 _SPLICE_F_NONBLOCK: Final = 2
@@ -125,6 +127,25 @@ def rebuild(state: State, context: Rebuilding) -> int:
     fd = os.open(path, state.flags | os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.fcntl(fd, fcntl.F_SETFL, state.flags & ~os.O_ACCMODE)
     return fd
+
+
+def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
+    """Let an end have an event (see `agent.silencing`): a byte to read in an empty pipe, or room in a full one."""
+    other = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    readable = state.flags & os.O_ACCMODE != os.O_WRONLY
+    if readable:
+        os.write(other, b"\0")
+    else:
+        fcntl.fcntl(other, fcntl.F_SETPIPE_SZ, 2 * state.capacity)
+
+    def calm() -> None:
+        if readable:
+            os.read(other, 1)
+        else:
+            fcntl.fcntl(other, fcntl.F_SETPIPE_SZ, state.capacity)
+        os.close(other)
+
+    return calm
 
 
 def _create(state: State) -> tuple[int, int]:

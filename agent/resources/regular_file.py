@@ -9,8 +9,9 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
-from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, SourceProcess
-from agent.resources.files import FileRef, describe
+from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, Refusal, SourceProcess
+from agent.resources.files import FileRef, describe, identity
+from agent.unmovable import Unmovable
 
 NAME: Final = "regular-file"
 MAX_DELETED: Final = 64 * 1024 * 1024
@@ -25,6 +26,7 @@ class State(msgspec.Struct, frozen=True):
     inode: int
     mode: int = 0o600
     content: bytes | None = None  # of a file that has no name any more
+    identity: tuple[int, int] = (0, 0)  # of one that has, as in FileRef
 
 
 def recognise(file: OpenFile) -> bool:
@@ -75,22 +77,48 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
     content = None
     if deleted:
         with open(f"/proc/{process.pid}/fd/{file.fd}", "rb") as source:
-            content = source.read()
+            content = source.read(MAX_DELETED + 1)
+        if len(content) > MAX_DELETED:  # somebody else, who has it too, has made it longer since
+            raise Unmovable("deleted-file", f"{file.name}: a deleted file of more than {MAX_DELETED} bytes")
     path = file.link.removesuffix(_DELETED) if deleted else file.link
+    identity = (os.statvfs(f"/proc/{process.pid}/fd/{file.fd}").f_fsid, file.inode)
     return State(
-        path, file.flags & REOPEN_FLAGS, file.position, file.size, file.inode, stat.S_IMODE(file.mode), content
+        path,
+        file.flags & REOPEN_FLAGS,
+        file.position,
+        file.size,
+        file.inode,
+        stat.S_IMODE(file.mode),
+        content,
+        identity,
     )
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
-    fd = _recreate(state) if state.content is not None else os.open(state.path, state.flags | os.O_CLOEXEC)
-    found = os.fstat(fd)
-    if stat.S_ISREG(found.st_mode) and found.st_size != state.size:
-        os.close(fd)
-        raise OSError(5, f"{state.size} bytes on the source, {found.st_size} here", state.path)
+    fd = _recreate(state) if state.content is not None else _open(state, context)
     if not state.flags & os.O_PATH:
         os.lseek(fd, state.position, os.SEEK_SET)
     return fd
+
+
+def _open(state: State, context: Rebuilding) -> int:
+    fd = os.open(state.path, state.flags | os.O_CLOEXEC)
+    found = os.fstat(fd)
+    try:
+        if stat.S_ISREG(found.st_mode):
+            _compare(state, context, fd, found)
+    except Refusal:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _compare(state: State, context: Rebuilding, fd: int, found: os.stat_result) -> None:
+    """Its content was compared at the offer, or it was opened later: then only the very same file will do."""
+    if found.st_size != state.size:
+        raise Refusal("file-differs", f"{state.path}: {state.size} bytes on the source, {found.st_size} here")
+    if state.path not in context.agreed and identity(fd, found) != state.identity:
+        raise Refusal("file-differs", f"{state.path} was opened during the migration and is another file here")
 
 
 def _recreate(state: State) -> int:

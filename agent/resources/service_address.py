@@ -22,7 +22,6 @@ from agent.api import Blocker
 from agent.kernel import addresses as kernel
 from agent.kernel.addresses import Announcer, InterfaceAddress
 from agent.kernel.sock_diag import SockDiag, SocketEntry
-from agent.kernel.tcp_repair import TcpState
 
 _LOCAL_TABLE = 255
 _INSTALL_SECONDS = 1.0
@@ -172,26 +171,6 @@ def _list(diag: SockDiag, family: int, protocol: int) -> list[SocketEntry]:
         if error.errno == errno.ENOENT:  # a protocol this kernel has not (loaded), so there are no sockets of it
             return []
         raise
-
-
-def orphans(addresses: Collection[str]) -> int:
-    """TCP connections on `addresses` that no descriptor refers to but that have not said everything yet.
-
-    They are the kernel's alone, cannot be moved, and are usually gone within milliseconds: wait, or accept
-    that their peers see a reset.
-    """
-    wanted = {_normal(one) for one in addresses}
-    states = sum(1 << one for one in (TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK))
-    diag = SockDiag()
-    try:
-        entries = [
-            one
-            for family in (socket.AF_INET, socket.AF_INET6)
-            for one in diag.sockets(family, socket.IPPROTO_TCP, states)
-        ]
-    finally:
-        diag.close()
-    return sum(not one.inode and _normal(one.local[0]) in wanted for one in entries)
 
 
 def withdraw(address: ServiceAddress) -> None:

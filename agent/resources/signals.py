@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from collections.abc import Callable
 from typing import Final
 
 from agent.kernel import procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
+from agent.kernel.errors import check, libc
 from agent.tracee import Batch, Outcome
 
 ACTION_SIZE: Final = 32  # struct kernel_sigaction: handler, flags, restorer, mask
 STACK_T: Final = struct.Struct("<QiiQ")
+_SIGINFO_SIZE: Final = 128
+_INT_MAX: Final = (1 << 31) - 1
+_SI_TIMER: Final = -2
+_SI_TKILL: Final = -6
+_SI_KERNEL: Final = 0x80
+_ITIMER_SIGNALS: Final = {14: 0, 26: 1, 27: 2}  # SIGALRM, SIGVTALRM, SIGPROF: of which interval timer (setitimer(2))
 
 
 def _bits(mask: int) -> list[int]:
@@ -67,6 +75,37 @@ def mask_of(queue: tuple[bytes, ...]) -> int:
     return result
 
 
+def by_timer(siginfo: bytes) -> bool:
+    """Whether a POSIX timer (SI_TIMER) or an interval timer (SI_KERNEL) queued it, sigaction(2)."""
+    return by_posix_timer(siginfo) or itimer_of(siginfo) is not None
+
+
+def by_posix_timer(siginfo: bytes) -> bool:
+    return bool(struct.unpack_from("<i", siginfo, 8)[0] == _SI_TIMER)
+
+
+def itimer_of(siginfo: bytes) -> int | None:
+    """Which interval timer (ITIMER_REAL ...) queued it; None if none did."""
+    number, _, code = struct.unpack_from("<iii", siginfo)
+    return _ITIMER_SIGNALS.get(number) if code == _SI_KERNEL else None
+
+
+def timer_id(siginfo: bytes) -> int:
+    """Of a signal with SI_TIMER: the number of its POSIX timer (si_timerid)."""
+    return int(struct.unpack_from("<i", siginfo, 16)[0])
+
+
+def by_kernel(number: int) -> bytes:
+    """What an interval timer queues."""
+    return struct.pack("<iii", number, 0, _SI_KERNEL).ljust(_SIGINFO_SIZE, b"\0")
+
+
+def by_timer_number(number: int, timer: int, overrun: int, value: int) -> bytes:
+    """What a POSIX timer queues: si_timerid, si_overrun, si_value."""
+    siginfo = struct.pack("<iiixxxxiiQ", number, 0, _SI_TIMER, timer, min(overrun, _INT_MAX), value)
+    return siginfo.ljust(_SIGINFO_SIZE, b"\0")
+
+
 def requeue_process(batch: Batch, tgid: int, queue: tuple[bytes, ...]) -> None:
     """Only a process itself may queue any siginfo to itself (rt_sigqueueinfo(2))."""
     for siginfo in queue:
@@ -77,3 +116,15 @@ def requeue_thread(batch: Batch, tgid: int, tid: int, queue: tuple[bytes, ...]) 
     for siginfo in queue:
         place = batch.put(siginfo)
         batch.call("rt_tgsigqueueinfo", arch.NR_rt_tgsigqueueinfo, tgid, tid, number_of(siginfo), place)
+
+
+def send(pid: int, tid: int, siginfo: bytes) -> None:
+    """Send it to a living process (`tid` 0) or thread, with its siginfo as far as the kernel lets others (si_code < 0)."""
+    number, _, code = struct.unpack_from("<iii", siginfo)
+    to = (pid, tid, number) if tid else (pid, number)
+    if code >= 0 or code == _SI_TKILL:
+        result = libc.syscall(arch.NR_tgkill if tid else arch.NR_kill, *to)
+    else:
+        call = arch.NR_rt_tgsigqueueinfo if tid else arch.NR_rt_sigqueueinfo
+        result = libc.syscall(call, *to, ctypes.create_string_buffer(siginfo, len(siginfo)))
+    check(result, f"signal {number} to {pid}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -11,6 +12,8 @@ import msgspec
 from agent.api import Blocker
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.resources import tcp
+from agent.resources.tcp import options
+from agent.tracee import Tracee
 
 NAME: Final = "tcp"
 IPPROTO_MPTCP: Final = 262
@@ -43,3 +46,23 @@ def rebuild(state: State, context: Rebuilding) -> int:
     os.set_blocking(fd, not state.flags & os.O_NONBLOCK)
     context.sockets.append((fd, state.tcp))
     return fd
+
+
+def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
+    """Let it have an event (see `agent.silencing`): a listener that does not listen for a moment is hung up (tcp_poll).
+
+    Shutting it down keeps its port and its lock, but forgets some options. A connection needs nothing: it has room.
+    """
+    listener = state.tcp
+    if not isinstance(listener, tcp.TcpListener) or listener.backlog is None:
+        return lambda: None
+    backlog = listener.backlog
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.shutdown(socket.SHUT_RD)
+
+    def calm() -> None:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            options.apply(sock, listener.options, options.When.EARLY, listener=True)
+            sock.listen(backlog)
+
+    return calm

@@ -8,13 +8,14 @@ block made anew (`agent.resources.waits`).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 from collections.abc import Callable
 
 import msgspec
 
-from agent.kernel import procfs, ptrace, sched
+from agent.kernel import ptrace, sched
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
 from agent.kernel.memory import RemoteMemory
@@ -28,17 +29,46 @@ def settled_registers(tid: int, memory: RemoteMemory, pending: int) -> Registers
 
     `pending`: the signals queued for it, as a set.
     """
-    registers = ptrace.get_registers(tid)
-    registers = abort_rseq(registers, ptrace.get_rseq(tid), memory)
-    deliverable = pending & ~ptrace.get_sigmask(tid)
-    return arch.hide_stop(registers, bool(deliverable))
+    return look(tid).settled(memory, pending, None)
 
 
-def abort_rseq(registers: Registers, rseq: tuple[int, int, int], memory: RemoteMemory) -> Registers:
+class Stopped(msgspec.Struct, frozen=True):
+    """A stopped thread as ptrace shows it."""
+
+    registers: Registers
+    rseq: tuple[int, int, int]
+    sigmask: int
+    pending: tuple[bytes, ...]
+
+    def settled(self, memory: RemoteMemory, pending: int, section: int | None) -> Registers:
+        """As `settled_registers`; `section`: its rseq's rseq_cs word, if it was read already."""
+        registers = abort_rseq(self.registers, self.rseq, memory, section)
+        return arch.hide_stop(registers, bool(pending & ~self.sigmask))
+
+
+def look(tid: int) -> Stopped:
+    return Stopped(
+        ptrace.get_registers(tid), ptrace.get_rseq(tid), ptrace.get_sigmask(tid), signals.pending_of_thread(tid)
+    )
+
+
+def rseq_sections(stopped: dict[int, Stopped], memory: RemoteMemory) -> dict[int, int]:
+    """The rseq_cs words of many threads, read in one go; 0: not in a restartable sequence."""
+    tids = [tid for tid, thread in stopped.items() if thread.rseq[0]]
+    words = (ctypes.c_uint64 * len(tids))()
+    ranges = [(stopped[tid].rseq[0] + 8, stopped[tid].rseq[0] + 16) for tid in tids]
+    memory.read_into(ctypes.addressof(words), ranges)
+    return dict(zip(tids, words, strict=True))
+
+
+def abort_rseq(
+    registers: Registers, rseq: tuple[int, int, int], memory: RemoteMemory, section: int | None = None
+) -> Registers:
     """A thread inside a restartable sequence continues at its abort handler, as after any preemption (rseq(2))."""
     if not rseq[0]:
         return registers
-    section = struct.unpack("<Q", memory.read(rseq[0] + 8, 8))[0]
+    if section is None:
+        section = struct.unpack("<Q", memory.read(rseq[0] + 8, 8))[0]
     if not section:
         return registers
     _, _, start, length, abort = struct.unpack("<IIQQQ", memory.read(section, 32))
@@ -47,34 +77,40 @@ def abort_rseq(registers: Registers, rseq: tuple[int, int, int], memory: RemoteM
     return registers
 
 
-def ask(batch: Batch, tid: int, registers: Registers, pending: tuple[bytes, ...]) -> Callable[[Outcome], ThreadState]:
-    """What is known from outside, and calls for what only the thread itself knows."""
+def ask(
+    batch: Batch, tid: int, registers: Registers, stopped: Stopped
+) -> tuple[ThreadState, Callable[[Outcome], ThreadState]]:
+    """What is known from outside, and calls for what only the thread itself knows: they complete the state."""
     altstack = signals.ask_altstack(batch)
     clear_tid = batch.space(8)
     batch.call("PR_GET_TID_ADDRESS", arch.NR_prctl, identity.PR_GET_TID_ADDRESS, clear_tid)
     slack = batch.call("PR_GET_TIMERSLACK", arch.NR_prctl, identity.PR_GET_TIMERSLACK)
+    name = batch.space(16)
+    batch.call("PR_GET_NAME", arch.NR_prctl, identity.PR_GET_NAME, name)
     death = batch.space(8)
     batch.call("PR_GET_PDEATHSIG", arch.NR_prctl, identity.PR_GET_PDEATHSIG, death)
     state = ThreadState(
         tid=tid,
         registers=registers,
         xstate=ptrace.get_xstate(tid),
-        sigmask=ptrace.get_sigmask(tid),
-        comm=procfs.read(f"/proc/{tid}/comm").decode("latin-1")[:-1],  # any bytes; text on the link is UTF-8
+        sigmask=stopped.sigmask,
+        comm="",
         scheduling=Scheduling(sched.get_attributes(tid), tuple(sorted(os.sched_getaffinity(tid)))),
-        pending=pending,
+        pending=stopped.pending,
         robust_list=sched.robust_list(tid),
-        rseq=ptrace.get_rseq(tid),
+        rseq=stopped.rseq,
     )
 
     def answer(outcome: Outcome) -> ThreadState:
         state.altstack = altstack(outcome)
         state.clear_child_tid = struct.unpack("<Q", outcome.read(clear_tid, 8))[0]
+        # any bytes; text on the link is UTF-8
+        state.comm = outcome.read(name, 16).partition(b"\0")[0].decode("latin-1")
         state.timer_slack = outcome.results[slack]
         state.pdeathsig = struct.unpack("<i", outcome.read(death, 4))[0]
         return state
 
-    return answer
+    return state, answer
 
 
 def restore(batch: Batch, state: ThreadState, tgid: int) -> None:

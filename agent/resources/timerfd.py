@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import struct
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -15,6 +16,7 @@ from agent.api import Blocker
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.kernel import procfs
 from agent.kernel.errors import check, libc
+from agent.tracee import Tracee
 
 NAME: Final = "timerfd"
 TFD_TIMER_ABSTIME: Final = 1
@@ -70,6 +72,18 @@ def rebuild(state: State, context: Rebuilding) -> int:
     if state.ticks + expired:
         fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("<Q", state.ticks + expired))
     return fd
+
+
+def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
+    """Let it have an event (see `agent.silencing`): one expiration, taken away again."""
+    fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("<Q", 1))
+
+    def calm() -> None:
+        (ticks,) = struct.unpack("<Q", os.read(fd, 8))
+        if ticks > 1:  # it really expired meanwhile
+            fcntl.ioctl(fd, TFD_IOC_SET_TICKS, struct.pack("<Q", ticks - 1))
+
+    return calm
 
 
 def after(state: State, elapsed_ns: int) -> tuple[State, int]:

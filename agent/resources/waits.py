@@ -66,6 +66,42 @@ def observe(tid: int | str) -> Asleep | None:
         return None
 
 
+class _Known(msgspec.Struct, frozen=True):
+    """A wait that goes on after a stop."""
+
+    number: int
+    rip: int
+    since: float
+    switches: int
+
+
+class History:
+    """Waits that stops of ours interrupted before, and that went on: which call each is, and since when.
+
+    From its second interruption on, the kernel shows such a wait as restart_syscall, begun at the last stop.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def note(self, tid: int, registers: Registers, before: Asleep | None) -> None:
+        """A stopped thread goes on with these registers; `before`: as observed before it was stopped."""
+        registers, before = self.recall(tid, registers, before)
+        self._known.pop(tid, None)
+        if before is not None and interrupted(registers) and registers.syscall != arch.NR_restart_syscall:
+            self._known[tid] = _Known(registers.orig_rax, registers.rip, before.since, before.switches)
+
+    def recall(self, tid: int, registers: Registers, before: Asleep | None) -> tuple[Registers, Asleep | None]:
+        """The same, as if the wait had never been interrupted before."""
+        known = self._known.get(tid)
+        if known is None or before is None or registers.syscall != arch.NR_restart_syscall:
+            return registers, before
+        # the same wait still: since then it only left its CPU for our stop, and for the wait again
+        if registers.rip != known.rip or before.switches != known.switches + 2:
+            return registers, before
+        return msgspec.structs.replace(registers, orig_rax=known.number), Asleep(known.since, before.switches)
+
+
 def requested_ns(registers: Registers, memory: RemoteMemory) -> int | None:
     """The relative time that an interrupted call asked for; None if it is none of ours."""
     address = _timeout_address(registers)

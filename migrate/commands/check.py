@@ -30,4 +30,5 @@ def check(process: ProcessTarget, destination: HostTarget, common: Common, **par
     Takes the options of move, so that what is checked is what would be done. Exits with 3 if anything
     stands in the way.
     """
-    sys.exit(job.run("check", process, destination, to_move_options(parameters), common))
+    request = job.request_for("check", process, destination, to_move_options(parameters), common)
+    sys.exit(job.run(request, process.host, common))

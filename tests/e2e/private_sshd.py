@@ -1,4 +1,4 @@
-"""An sshd of a test's own: on loopback, with its own keys and ssh_config, and a script in the place of the agent."""
+"""An sshd of a test's own: on loopback, its own keys and ssh_config, a script in the place of the agent."""
 
 from __future__ import annotations
 

@@ -66,14 +66,20 @@ class RedisSession:
     def start_clients(self) -> None:
         ready = self.place.path / "ready"
         options = ["--until-file", self.stop_file, "--ready-file", ready, "--rate", self.rate]
-        self.clients = self.lab.attend("client", LOAD, "run", f"{SERVICE}:{PORT}", "--state", self.state, *options)
+        words = [LOAD, "run", f"{SERVICE}:{PORT}", "--state", self.state, *options]
+        self.clients = self.lab.attend("client", *words)
         until(ready.exists, "the clients' connections", 60)
         self.wait_for_commands(2000)
 
     def wait_for_commands(self, count: int) -> None:
         """Until the server has answered so many more."""
-        begin = int(self.info()["total_commands_processed"])
-        until(lambda: int(self.info()["total_commands_processed"]) > begin + count, "the clients' commands", 60)
+
+
+        def processed() -> int:
+            return int(self.info()["total_commands_processed"])
+
+        begin = processed()
+        until(lambda: processed() > begin + count, "the clients' commands", 60)
 
     def stop_clients(self) -> dict[str, Any]:
         """What the clients saw, all the time since they started."""

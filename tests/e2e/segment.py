@@ -50,7 +50,6 @@ class Host:
         finally:
             _call(_libc.setns(before, CLONE_NEWNET))
             os.close(before)
-        self.run("ip", "link", "set", "lo", "up")
 
     def __enter__(self) -> Host:
         before = _current()
@@ -68,6 +67,13 @@ class Host:
             done = subprocess.run(command, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
+
+    def ip(self, *lines: str) -> None:
+        """Several commands of ip(8) at once."""
+        given, command = "\n".join(lines) + "\n", ["ip", "-batch", "-"]
+        with self:
+            done = subprocess.run(command, input=given, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
     def sysctl(self, name: str, value: str) -> None:
         with self:
@@ -88,6 +94,10 @@ class Host:
         made.settimeout(20)
         return made
 
+    def connections(self) -> str:
+        """Of TCP, whatever their state, but for TIME_WAIT; as ss(8) shows them."""
+        return self.run("ss", "-Htn", "state", "connected", "exclude", "time-wait")
+
     def mac(self) -> str:
         return self.run("ip", "-o", "link", "show", "eth0").partition("link/ether ")[2].split()[0]
 
@@ -105,21 +115,20 @@ class Segment:
 
     def __init__(self, *names: str) -> None:
         self.switch = Host("switch")
-        self.hosts: list[Host] = []
-        self.switch.run("ip", "link", "add", "br0", "type", "bridge")
-        self.switch.run("ip", "link", "set", "br0", "up")
-        for number, name in enumerate(names, 1):
-            self.hosts.append(Host(name))
-            self._attach(self.hosts[-1], number)
-
-    def _attach(self, host: Host, number: int) -> None:
-        port, target = f"port{number}", f"/proc/{os.getpid()}/fd/{host.fd}"
-        peer = ["type", "veth", "peer", "name", "eth0", "netns", target]
-        self.switch.run("ip", "link", "add", port, *peer)
-        self.switch.run("ip", "link", "set", port, "master", "br0", "up")
-        host.run("ip", "link", "set", "eth0", "up")
-        host.run("ip", "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
-        host.run("ip", "addr", "add", f"fd77::{number}/64", "dev", "eth0", "nodad")
+        self.hosts = [Host(name) for name in names]
+        cables = []
+        for number, host in enumerate(self.hosts, 1):
+            namespace = f"/proc/{os.getpid()}/fd/{host.fd}"
+            cables.append(f"link add port{number} type veth peer name eth0 netns {namespace}")
+            cables.append(f"link set port{number} master br0 up")
+        self.switch.ip("link add br0 type bridge", "link set br0 up", *cables)
+        for number, host in enumerate(self.hosts, 1):
+            host.ip(
+                "link set lo up",
+                "link set eth0 up",
+                f"addr add 10.77.0.{number}/24 dev eth0",
+                f"addr add fd77::{number}/64 dev eth0 nodad",
+            )
 
     def close(self) -> None:
         for host in [*self.hosts, self.switch]:

@@ -17,7 +17,8 @@ def main() -> None:
     """SCENARIO: STATE,STATE...:ENDING"""
     states, _, ending = sys.argv[1].partition(":")
     link, events = socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3])
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if ending in ("deaf", "eof", "ends-late") else lambda *_: finish())
+    deaf = ending in ("deaf", "eof", "ends-late")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else lambda *_: finish())
     request = json.loads(sys.stdin.readline() or "null")
 
     def say(**event: Any) -> None:
@@ -46,7 +47,8 @@ def main() -> None:
             os.write(events, b"not an event\n")
             finish("migrated")
         case "twice":
-            say(event="finished", report={"outcome": "migrated", "source": {"host": "x"}, "destination": {"host": "y"}})
+            hosts = {"source": {"host": "x"}, "destination": {"host": "y"}}
+            say(event="finished", report={"outcome": "migrated", **hosts})
             finish("refused")
         case "link":
             link.recv(1)

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lab.fixture import Lab, until
 from programs.status import BUILD, build, read_status, wait_for_status
@@ -30,6 +30,17 @@ PARTS = {
     "worker": r"agent\.worker",
     "destination": r"(migrate-agent|agent\.main) destination",
 }
+SERVE = r"(migrate-agent|agent\.main) serve"
+_UNSEEN = rf"ps -e -o pid=,args=|{SERVE}"
+
+
+class View(NamedTuple):
+    """Namespaces, and which file systems are where each host has its own."""
+
+    net: str
+    mnt: str
+    time: str
+    devices: list[str]
 
 
 class Hosts(Lab):
@@ -57,7 +68,7 @@ class Hosts(Lab):
         output = self.outputs / f"{next(self.numbers)}.log"
         words = ["sh", "-c", 'exec "$@" >>"$0" 2>&1', str(output), *map(str, command)]
         pid = self.spawn(host, *words)
-        until(lambda: self.ask(host, "cat", f"/proc/{pid}/comm").stdout != "sh\n", f"{command[0]} runs")
+        until(lambda: self.proc(host, pid, "comm") != "sh\n", f"{command[0]} runs")
         return pid
 
     def attend(self, host: str, *command: object) -> subprocess.Popen[str]:
@@ -67,32 +78,39 @@ class Hosts(Lab):
     def kill(self, host: str, pid: int, signal: str = "KILL") -> None:
         self.ask(host, "kill", f"-{signal}", pid)
 
+    def proc(self, host: str, pid: int, name: str) -> str:
+        """/proc/PID/`name` of a process of `host`, read from outside the lab; "" if it is gone."""
+        try:
+            return Path(f"/proc/{self.pid_outside(host, pid)}/{name}").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+
     def alive(self, host: str, pid: int) -> bool:
         """Whether `pid` is there and not a zombie."""
-        state = self.ask(host, "cat", f"/proc/{pid}/stat").stdout
+        state = self.proc(host, pid, "stat")
         return bool(state) and state.rpartition(")")[2].split()[0] not in "ZX"
 
-    def namespaces(self, host: str, pid: int | str = "self") -> dict[str, str]:
-        """Which network, mount and time namespace a process of `host` is in; "self": the host's own."""
-        names = ("net", "mnt", "time")
-        links = self.run(host, "readlink", *(f"/proc/{pid}/ns/{name}" for name in names))
-        return dict(zip(names, links.split(), strict=True))
-
-    def devices(self, host: str, pid: int | str = "self") -> list[str]:
-        """The file systems that a process of `host` has where each host has its own; "self": the host's."""
-        return self.run(host, "stat", "-c", "%d", f"/proc/{pid}/root/run", f"/proc/{pid}/root/tmp").split()
+    def view(self, host: str, pid: int | str = "self") -> View:
+        """What a process of `host` lives in; "self": what the host itself does."""
+        links = [f"/proc/{pid}/ns/{name}" for name in ("net", "mnt", "time")]
+        own = [f"/proc/{pid}/root/run", f"/proc/{pid}/root/tmp"]
+        net, mnt, time, *devices = self.run(
+            host, "sh", "-c", f"readlink {' '.join(links)}; stat -c %d {' '.join(own)}"
+        ).split()
+        return View(net, mnt, time, devices)
 
     def processes(self, host: str) -> dict[int, str]:
-        """What runs in a host, by pid: the command lines. Without the asking itself."""
+        """What runs in a host, by pid: the command lines. Without the asking itself, and without the agent's
+        service: one on demand stays for a while after its last use."""
         listing = self.run(host, "ps", "-e", "-o", "pid=,args=")
         entries = (line.split(None, 1) for line in listing.splitlines())
-        return {int(pid): command for pid, command in entries if "ps -e -o pid=,args=" not in command}
+        return {int(pid): command for pid, command in entries if not re.search(_UNSEEN, command)}
 
     def agents(self, host: str, part: str = "") -> list[int]:
-        """Pids of the project's own processes in a host; `part` is one of PARTS, "" stands for all of them."""
+        """Pids of the project's own processes in a host; `part` is one of PARTS, "" stands for all."""
         pattern = PARTS[part] if part else "|".join(PARTS.values())
-        running = self.processes(host).items()
-        return [pid for pid, command in running if re.search(pattern, command) and "/lab exec " not in command]
+        running = {pid: words for pid, words in self.processes(host).items() if "/lab exec " not in words}
+        return [pid for pid, words in running.items() if re.search(pattern, words)]
 
 
 @dataclass
@@ -130,14 +148,13 @@ class Moved:
         """The new process is in the new host, the old one gone: by the kernel's word."""
         until(lambda: not self.lab.alive(source, source_pid), f"pid {source_pid} on {source} has ended")
         assert self.lab.alive(self.host, self.pid), f"no pid {self.pid} on {self.host}"
-        here, its = self.lab.namespaces(self.host), self.lab.namespaces(self.host, self.pid)
-        there = self.lab.namespaces(source)
-        assert its["net"] == here["net"] != there["net"]
+        here, its, there = self.lab.view(self.host), self.lab.view(self.host, self.pid), self.lab.view(source)
+        assert its.net == here.net != there.net
         # If its numbers were taken it has its own /proc, and so a copy of the host's mount namespace.
-        assert its["mnt"] != there["mnt"]
-        assert self.lab.devices(self.host, self.pid) == self.lab.devices(self.host) != self.lab.devices(source)
+        assert its.mnt != there.mnt
+        assert its.devices == here.devices != there.devices
         # Its clocks go on as they were: it has a time namespace of its own, or its first host's.
-        assert its["time"] != there["time"] or here["time"] == there["time"]
+        assert its.time != there.time or here.time == there.time
 
     def untraced(self) -> bool:
         return "TracerPid:\t0" in self.lab.run(self.host, "cat", f"/proc/{self.pid}/status")
@@ -150,7 +167,9 @@ class Workload(Moved):
     status: Path = Path()
 
     @classmethod
-    def start(cls, lab: Hosts, place: Place, program: str, *arguments: object, host: str = "alpha") -> Workload:
+    def start(
+        cls, lab: Hosts, place: Place, program: str, *arguments: object, host: str = "alpha"
+    ) -> Workload:
         status = place.path / f"{program}.status"
         command = [BUILD / program, "--status", status, "--log", place.path / f"{program}.log", *arguments]
         pid = lab.start(host, *command)
@@ -167,8 +186,8 @@ class Workload(Moved):
         status = self.now()
         assert status["complaints"] == 0, status["first_complaint"]
         assert status["host"] == self.host
-        here = self.lab.namespaces(self.host, self.pid)
-        assert (status["net"], status["mnt"], status["time"]) == (here["net"], here["mnt"], here["time"])
+        here = self.lab.view(self.host, self.pid)
+        assert (status["net"], status["mnt"], status["time"]) == (here.net, here.mnt, here.time)
         return status
 
     def end(self) -> dict[str, Any]:
@@ -184,8 +203,8 @@ class Workload(Moved):
 def start_selfcheck(lab: Hosts, place: Place, *options: object) -> Workload:
     """The self-checking program on alpha, its files where every host sees them.
 
-    But for its FIFO: what lies in one is the kernel's, of which these hosts have only one, and the other host's
-    opening of the same FIFO would find it there. So each host has a FIFO of its own, by the same name.
+    But for its FIFO: what lies in one is the kernel's, of which these hosts have only one, and the other
+    host's opening of the same FIFO would find it there. So each host has a FIFO of its own, by one name.
     """
     fifo = f"/tmp/{place.path.name}.fifo"
     for host in ("alpha", "beta"):

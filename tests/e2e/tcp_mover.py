@@ -129,7 +129,7 @@ FAMILIES = {
 
 
 @dataclass
-class Lab:
+class Wire:
     """A client's host and two between which a service moves, now on `first`."""
 
     client: Host
@@ -157,11 +157,10 @@ class Lab:
 
 
 @contextmanager
-def laboratory() -> Iterator[Lab]:
+def three_hosts() -> Iterator[Wire]:
     with segment("client", "first", "second") as hosts:
-        hosts[1].run("ip", "addr", "add", f"{V4}/24", "dev", INTERFACE)
-        hosts[1].run("ip", "addr", "add", f"{V6}/64", "dev", INTERFACE, "nodad")
-        yield Lab(*hosts)
+        hosts[1].ip(f"addr add {V4}/24 dev {INTERFACE}", f"addr add {V6}/64 dev {INTERFACE} nodad")
+        yield Wire(*hosts)
 
 
 def state_of(sock: socket.socket) -> TcpState:
@@ -205,7 +204,7 @@ def deafen(sock: socket.socket) -> None:
     sock_filter.attach(sock, sock_filter.assemble([(sock_filter.BPF_RET_K, 0, 0, 0)]))
 
 
-def enter(state: TcpState, lab: Lab, client: socket.socket, server: socket.socket) -> None:
+def enter(state: TcpState, wire: Wire, client: socket.socket, server: socket.socket) -> None:
     """Bring the server's socket into `state`, with data in both directions before the ends of the streams."""
     client.sendall(b"before the end")
     server.sendall(b"before the end")
@@ -222,7 +221,7 @@ def enter(state: TcpState, lab: Lab, client: socket.socket, server: socket.socke
         client.shutdown(socket.SHUT_WR)
         wait_for(lambda: state_of(server) == TcpState.CLOSE_WAIT, "CLOSE_WAIT")
     if state in (TcpState.FIN_WAIT1, TcpState.LAST_ACK):
-        with lab.first:
+        with wire.first:
             tcp.lock(server.fileno())
     if state != TcpState.CLOSE_WAIT:
         server.shutdown(socket.SHUT_WR)
@@ -246,8 +245,8 @@ def options_of(sock: socket.socket) -> dict[str, bytes | None]:
     return values
 
 
-def accept(lab: Lab, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
-    client = lab.client.socket(socket.AF_INET)
+def accept(wire: Wire, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    client = wire.client.socket(socket.AF_INET)
     client.connect((V4, PORT))
     server, _ = listener.accept()
     server.settimeout(20)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ import msgspec
 import pytest
 from e2e.private_sshd import DEADLINE, PrivateSshd, private_sshd
 
+from agent import scratch
 from agent import supervisor as module
 from agent.api import Event, Finished, Log, Report, Request, StateChanged
+from agent.kernel import procfs
+from agent.kernel.memory import RemoteMemory
 from agent.supervisor import Supervisor
+from agent.tracee import Tracee
+from agent.visit import Caller, visit
 
 ENGINE = Path(__file__).with_name("stand_in_engine.py")
 
@@ -136,6 +142,21 @@ def test_an_engine_that_dies_leaves_a_true_report(
     assert front.report.source.pid == sleeper.pid
     if scenario.endswith("kills-source"):
         assert "is gone" in front.report.error.message
+    assert ("cleaned up (nothing was left)" in front.report.error.message) == (outcome == "rolled-back")
+
+
+def test_what_cannot_be_cleaned_up_is_said(server: PrivateSshd, sleeper: subprocess.Popen[bytes]) -> None:
+    """With what to do about it. Here another agent, this test, has something in the process."""
+    place = scratch.choose(procfs.maps(sleeper.pid))
+    memory = RemoteMemory(sleeper.pid)
+    caller = Caller(sleeper.pid, memory)
+    with visit(caller) as tid:
+        scratch.install(Tracee(sleeper.pid, memory, fragile=True), partial(caller.call, tid), place)
+    memory.close()
+    front = played(request_for(server, sleeper.pid), "pre-copy:crash")
+    assert front.report.outcome == "rolled-back" and front.report.error is not None
+    assert f"under way (agent {os.getpid()})" in front.report.error.message
+    assert f"migrate-agent cleanup {sleeper.pid}" in front.report.error.message
 
 
 def test_a_check_whose_engine_dies_has_touched_nothing(server: PrivateSshd, sleeper: subprocess.Popen[bytes]) -> None:

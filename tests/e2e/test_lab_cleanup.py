@@ -45,7 +45,7 @@ class Traces:
         self.name = name
         self._pins: list[int] = []
         for pid in members(name):
-            # One that has ended since is no host: a child on its way to be `ip`, with our command line until then.
+            # One that has ended since is no host: a child with our command line, on its way to be `ip`.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 self._pins += [os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY) for kind in KINDS]
         ours = {os.stat(f"/proc/self/ns/{kind}").st_ino for kind in KINDS}

@@ -1,4 +1,4 @@
-"""The link against a real sshd: bytes arrive as they were sent, ends and errors are told for what they are."""
+"""The link against a real sshd: bytes arrive as they were sent, ends and errors are told as they are."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from agent.api import SshOptions
 from transport import link_errors as errors
 from transport.link import Link, socket_pair
 from transport.link_errors import LinkError
-from transport.process import ProcessEnd
-from transport.ssh import connect, open_link, run_agent
+from transport.process import Bridge, ProcessEnd
+from transport.ssh import agent_command, connect, open_bridge, open_link, peer_address
 from transport.target import HostTarget, parse_host
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def test_a_large_stream_comes_back_intact(server: PrivateSshd) -> None:
 
 @pytest.mark.parametrize("target", ["there", "behind"])
 def test_both_directions_at_once(server: PrivateSshd, target: str) -> None:
-    """An echo: whoever stopped reading while it writes would stand still for ever. Also through a jump host."""
+    """An echo: who stopped reading while it writes would stand still for ever. Also through a jump host."""
     data = random.Random(3).randbytes(32 * MIB)
 
     def engine(sock: socket.socket) -> bytes:
@@ -171,7 +171,7 @@ def test_end_incoming_is_half_a_close(server: PrivateSshd) -> None:
 
 
 def test_a_reader_that_sleeps_stops_the_writer(server: PrivateSshd) -> None:
-    """What nobody reads stays with the engine: the link takes some megabytes and no more, and loses none of it."""
+    """What nobody reads stays with the engine: the link takes some megabytes, no more, and loses nothing."""
     go = server.here / "go"
     size = 64 * MIB
 
@@ -401,7 +401,8 @@ def test_the_connection_is_made_for_speed_and_safety(server: PrivateSshd) -> Non
     async def scenario() -> dict[str, Any]:
         connection = await connect(THERE, server.options())
         try:
-            found = {n: connection.get_extra_info(n) for n in ("send_cipher", "recv_cipher", "send_compression")}
+            names = ("send_cipher", "recv_cipher", "send_compression")
+            found = {name: connection.get_extra_info(name) for name in names}
             sock = connection.get_extra_info("socket")
             return {**found, "nodelay": sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)}
         finally:
@@ -427,21 +428,54 @@ def test_ciphers_of_ssh_config_are_respected(server: PrivateSshd, tmp_path: Path
     assert run(scenario()) == "aes256-ctr"
 
 
-def test_an_agent_is_spoken_to_in_lines(server: PrivateSshd) -> None:
-    """`run_agent` passes its arguments on as they are, lines of any length, and the end in both directions."""
-    long = b"x" * (3 * MIB)
+def test_bridges_share_a_connection(server: PrivateSshd) -> None:
+    """Each has a command of its own, its arguments as they are, and an end of its own."""
 
-    async def scenario() -> tuple[list[bytes], ProcessEnd]:
-        agent = await run_agent(THERE, server.options('printf "%s|" "$@"; echo; cat; exit 4'), ["ps", "a b'$x"], print)
-        agent.send(b"short")
-        agent.send(long)
-        agent.close_input()
-        lines = [line async for line in agent.lines()]
-        return lines, await agent.wait()
+    async def bridged(connection: Any, options: SshOptions) -> tuple[socket.socket, Bridge]:
+        ours, theirs = socket.socketpair()
+        command = agent_command(options, ["ps", "a b'$x"])
+        return ours, await open_bridge(connection, THERE, command, theirs, print)
 
-    lines, end = run(scenario())
-    assert lines == [b"ps|a b'$x|", b"short", long]
-    assert end.status == 4
+    async def scenario() -> tuple[bytes, ProcessEnd, bytes]:
+        connection = await connect(THERE, server.options())
+        assert peer_address(connection) == "127.0.0.1"
+        first, bridge = await bridged(connection, server.options('printf "%s|" "$@"; cat; exit 4'))
+        second, other = await bridged(connection, server.options("cat"))
+        with first, second:
+            first.sendall(b"hello")
+            first.shutdown(socket.SHUT_WR)
+            answer, end = await asyncio.to_thread(read_all, first), await bridge.ended
+            second.sendall(b"still there")
+            second.shutdown(socket.SHUT_WR)
+            rest = await asyncio.to_thread(read_all, second)
+            assert (await other.ended).clean
+        connection.abort()
+        return answer, end, rest
+
+    answer, end, rest = run(scenario())
+    assert answer == b"ps|a b'$x|hello" and end.status == 4
+    assert rest == b"still there"
+
+
+def test_a_bridge_that_cannot_be_opened_leaves_the_connection(server: PrivateSshd) -> None:
+    """sshd allows ten sessions a connection (MaxSessions); the eleventh is an error of the link."""
+
+    async def scenario() -> None:
+        connection = await connect(THERE, server.options())
+        pairs = [socket.socketpair() for _ in range(11)]
+        with contextlib.ExitStack() as ends:
+            for ours, _ in pairs:
+                ends.enter_context(ours)
+            for _, theirs in pairs[:10]:
+                await open_bridge(connection, THERE, "cat", theirs, print)
+            with pytest.raises(LinkError):
+                await open_bridge(connection, THERE, "cat", pairs[10][1], print)
+            assert await asyncio.to_thread(pairs[10][0].recv, 1) == b""
+            pairs[0][0].sendall(b"x")
+            assert await asyncio.to_thread(pairs[0][0].recv, 1) == b"x"
+        connection.abort()
+
+    run(scenario())
 
 
 def fingerprint(public_key: Path) -> str:

@@ -10,7 +10,8 @@ MEGABYTES = 1024 if FULL else 256
 
 
 def holders_of_address(lab: Hosts) -> list[str]:
-    return [host for host in ("alpha", "beta") if SERVICE in lab.run(host, "ip", "-4", "address", "show", "eth0")]
+    shown = {host: lab.run(host, "ip", "-4", "address", "show", "eth0") for host in ("alpha", "beta")}
+    return [host for host, addresses in shown.items() if SERVICE in addresses]
 
 
 @pytest.mark.timeout(900)

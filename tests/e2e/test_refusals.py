@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.support import DONE, REFUSED, UNREACHABLE, Hosts, Place
+from e2e.support import DONE, REFUSED, SERVICE, UNREACHABLE, Hosts, Place
 from lab.fixture import until
+from programs import holder
 from programs.status import BUILD, PROGRAMS
 
 # By kind of tests/programs/holder.py: what a blocker has to speak of.
@@ -55,9 +57,9 @@ class Holder:
     def start(cls, lab: Hosts, place: Place, kinds: str) -> Holder:
         status = place.path / "holder.status"
         pid = lab.start("alpha", "/usr/bin/python3", PROGRAMS / "holder.py", kinds, status)
-        holder = cls(lab, status, pid)
-        until(lambda: holder.beats() > 5, f"holder.py {kinds}")
-        return holder
+        held = cls(lab, status, pid)
+        until(lambda: held.beats() > 5, f"holder.py {kinds}")
+        return held
 
     def told(self) -> dict[str, Any]:
         """Its status; empty while there is none."""
@@ -85,15 +87,17 @@ def text_of(blockers: list[dict[str, str]]) -> str:
     return "\n".join(f"{each['kind']}: {each['what']}: {each['why']}" for each in blockers).lower()
 
 
-def assert_refused(lab: Hosts, pid: int, *patterns: str, options: tuple[str, ...] = ()) -> None:
-    """By `check` and by `move` alike, each thing by its name."""
-    check = lab.ask("alpha", "migrate", "check", pid, "beta", "--json", *options)
-    assert check.returncode == REFUSED, check.stdout + check.stderr
-    move = lab.ask("alpha", "migrate", "move", pid, "beta", "--json", *options)
-    assert move.returncode == REFUSED, move.stdout + move.stderr
-    assert json.loads(move.stdout)["outcome"] == "refused"
-    for done in (check, move):
-        named = text_of(json.loads(done.stdout)["blockers"])
+def assert_refused(lab: Hosts, pid: int, *patterns: str) -> None:
+    """By `check` and by `move` alike, each thing by its name. They are asked at the same time."""
+    commands = [lab.attend("alpha", "migrate", word, pid, "beta", "--json") for word in ("check", "move")]
+    told = []
+    for command in commands:
+        output, errors = command.communicate(timeout=120)
+        assert command.returncode == REFUSED, output + errors
+        told.append(json.loads(output))
+    assert told[1]["outcome"] == "refused"
+    for each in told:
+        named = text_of(each["blockers"])
         for pattern in patterns:
             assert re.search(pattern, named), f"no blocker speaks of {pattern}:\n{named}"
 
@@ -101,26 +105,64 @@ def assert_refused(lab: Hosts, pid: int, *patterns: str, options: tuple[str, ...
 @pytest.mark.parametrize("kind", NAMED)
 def test_refused_by_name(lab: Hosts, place: Place, kind: str) -> None:
     before = lab.processes("beta")
-    holder = Holder.start(lab, place, kind)
+    held = Holder.start(lab, place, kind)
     try:
-        assert_refused(lab, holder.pid, NAMED[kind])
-        holder.assert_undisturbed()
+        assert_refused(lab, held.pid, NAMED[kind])
+        held.assert_undisturbed()
         if kind != "tracer":
-            assert "TracerPid:\t0" in lab.run("alpha", "cat", f"/proc/{holder.pid}/status")
+            assert "TracerPid:\t0" in lab.run("alpha", "cat", f"/proc/{held.pid}/status")
         until(lambda: lab.processes("beta") == before, "the end of what was started on beta")
         assert not lab.agents("alpha")
     finally:
-        holder.end()
+        held.end()
 
 
 def test_all_blockers_at_once(lab: Hosts, place: Place) -> None:
     kinds = ["unix-socket", "inotify", "udp", "shared-anonymous", "pidfd"]
-    holder = Holder.start(lab, place, ",".join(kinds))
+    held = Holder.start(lab, place, ",".join(kinds))
     try:
-        assert_refused(lab, holder.pid, *(NAMED[kind] for kind in kinds))
-        holder.assert_undisturbed()
+        assert_refused(lab, held.pid, *(NAMED[kind] for kind in kinds))
+        held.assert_undisturbed()
     finally:
-        holder.end()
+        held.end()
+
+
+@pytest.fixture
+def taken_port(lab: Hosts) -> Iterator[int]:
+    """A port that somebody listens on on beta."""
+    listen = f"import signal, socket; s = socket.create_server(('', {holder.PORT})); signal.pause()"
+    pid = lab.start("beta", "/usr/bin/python3", "-c", listen)
+    until(lambda: lab.run("beta", "ss", "-Hltn", f"sport = {holder.PORT}"), "the listener on beta")
+    yield holder.PORT
+    lab.kill("beta", pid)
+
+
+def test_blockers_of_both_hosts_at_once(lab: Hosts, place: Place, taken_port: int) -> None:
+    held = Holder.start(lab, place, "unix-socket,listener,private-directory")
+    try:
+        there = (f"tcp-port-taken: .*:{taken_port}", f"directory-missing: .*{holder.PRIVATE}")
+        assert_refused(lab, held.pid, NAMED["unix-socket"], *there)
+        held.assert_undisturbed()
+    finally:
+        held.end()
+
+
+def test_a_peer_that_the_destination_cannot_reach(lab: Hosts) -> None:
+    lab.run("alpha", "ip", "address", "add", f"{SERVICE}/24", "dev", "eth0")
+    server = lab.start("alpha", "/usr/bin/python3", PROGRAMS / "http_threads.py", SERVICE, 8005)
+    peer = lab.address("client")
+    lab.run("beta", "ip", "route", "add", "unreachable", peer)
+    until(lambda: lab.run("alpha", "ss", "-Hltn", "sport = 8005"), "the server")
+    client = lab.start("client", "bash", "-c", f"exec 3<>/dev/tcp/{SERVICE}/8005; exec sleep 1000")
+    try:
+        established = ["ss", "-Htn", "state", "established", "sport = 8005"]
+        until(lambda: lab.run("alpha", *established), "the connection")
+        assert_refused(lab, server, f"tcp-no-route: .*{peer}")
+    finally:
+        lab.run("beta", "ip", "route", "del", "unreachable", peer)
+        lab.kill("alpha", server)
+        lab.kill("client", client)
+        lab.run("alpha", "ip", "address", "del", f"{SERVICE}/24", "dev", "eth0")
 
 
 @pytest.fixture
@@ -160,6 +202,8 @@ def test_no_such_process(lab: Hosts) -> None:
 
 def test_unreachable_host(lab: Hosts) -> None:
     pid = lab.start("alpha", BUILD / "heartbeat")
+    # nobody answers: that is known after three times this
+    lab.run("alpha", "sysctl", "-qw", "net.ipv4.neigh.eth0.retrans_time_ms=100")
     try:
         done = lab.ask("alpha", "migrate", "move", pid, "10.77.0.77", "--json")
         assert done.returncode == UNREACHABLE, done.stdout + done.stderr

@@ -20,13 +20,15 @@ STATUS_FIELDS = {
 def facts(workload: Workload) -> dict[str, str]:
     """What the host tells of the process, from outside."""
     directory = f"/proc/{workload.pid}"
-    read = {name: workload.lab.run(workload.host, "cat", f"{directory}/{name}") for name in ("status", "smaps")}
-    found = {name: value for name, value in re.findall(r"^(\w+):\s*(.*)$", read["status"], re.M) if name in STATUS_FIELDS}
+    status = workload.lab.run(workload.host, "cat", f"{directory}/status")
+    smaps = workload.lab.run(workload.host, "cat", f"{directory}/smaps")
+    fields = re.findall(r"^(\w+):\s*(.*)$", status, re.M)
+    found = {name: value for name, value in fields if name in STATUS_FIELDS}
     for name in ("cmdline", "environ", "limits", "oom_score_adj", "auxv", "personality", "coredump_filter"):
         found[name] = workload.lab.run(workload.host, "base64", f"{directory}/{name}")
     for name in ("exe", "cwd", "root"):
         found[name] = workload.lab.run(workload.host, "readlink", f"{directory}/{name}")
-    flags = re.findall(r"^VmFlags: (.*)$", read["smaps"], re.M)
+    flags = re.findall(r"^VmFlags: (.*)$", smaps, re.M)
     found["locked"] = str(sum(" lo" in each for each in flags))
     found["advised huge"] = str(sum(" hg" in each for each in flags))
     return found

@@ -9,7 +9,6 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterator
 
 import pytest
 from e2e.segment import Host, wait_for
@@ -17,12 +16,12 @@ from e2e.tcp_mover import (
     FAMILIES,
     HALF_CLOSED,
     MIB,
+    PORT,
     Family,
-    Lab,
     Service,
+    Wire,
     enter,
     fill,
-    laboratory,
     large_buffers,
     receive,
 )
@@ -32,24 +31,13 @@ from agent.kernel.tcp_repair import TcpState, tcp_info
 from agent.resources import tcp
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    with laboratory() as built:
-        yield built
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
-
-
-def test_conversation_goes_on(lab: Lab, family: Family) -> None:
-    client, server = lab.connect(family)
+def test_conversation_goes_on(wire: Wire, family: Family) -> None:
+    client, server = wire.connect(family)
     client.sendall(b"question")
     server.sendall(b"unread by the client")
     wait_for(lambda: tcp_repair.unread(server) == 8, "the question")
-    service = Service(lab.first, [server])
-    service.move(lab.second)
+    service = Service(wire.first, [server])
+    service.move(wire.second)
     (server,) = service.sockets()
     assert server.recv(100) == b"question"
     assert client.recv(100) == b"unread by the client"
@@ -58,22 +46,38 @@ def test_conversation_goes_on(lab: Lab, family: Family) -> None:
         assert server.recv(100) == b"%d" % number
         server.sendall(b"answer %d" % number)
         assert client.recv(100) == b"answer %d" % number
-    assert lab.second.counter("Tcp.InSegs") > 50  # it really moved
-    assert lab.resets() == 0
+    assert wire.second.counter("Tcp.InSegs") > 50  # it really moved
+    assert wire.resets() == 0
     assert tcp_info(client).total_retrans == 0
 
 
-def test_all_queues_are_kept(lab: Lab, family: Family) -> None:
-    client, server = lab.connect(family)
+def test_the_peer_may_be_on_the_destination(wire: Wire, family: Family) -> None:
+    with wire.listen(family) as listener:
+        client = wire.second.socket(family.client)
+        client.connect((family.address, PORT))
+        server, _ = listener.accept()
+    client.sendall(b"before")
+    wait_for(lambda: tcp_repair.unread(server) == 6, "the data")
+    service = Service(wire.first, [server])
+    service.move(wire.second, pause=lambda: client.sendall(b", meanwhile"))
+    (server,) = service.sockets()
+    assert receive(server, 17) == b"before, meanwhile"
+    server.sendall(b"answer")
+    assert client.recv(100) == b"answer"
+    assert wire.resets() == 0
+
+
+def test_all_queues_are_kept(wire: Wire, family: Family) -> None:
+    client, server = wire.connect(family)
     large_buffers(client, server)
     data = random.Random(7).randbytes(6 * MIB)
     to_server = fill(client, data)
     wait_for(lambda: tcp_repair.unread(server) > 2 * MIB, "unread data on the server")
-    with lab.first:
+    with wire.first:
         tcp.lock(server.fileno())  # so that nothing written from now on is acknowledged
     to_client = fill(server, data)
-    service = Service(lab.first, [server])
-    service.move(lab.second)
+    service = Service(wire.first, [server])
+    service.move(wire.second)
     (state,) = service.states
     assert isinstance(state, tcp.TcpConnection)
     assert len(state.queues.unread) > 2 * MIB
@@ -82,19 +86,19 @@ def test_all_queues_are_kept(lab: Lab, family: Family) -> None:
     (server,) = service.sockets()
     assert receive(client, to_client) == data[:to_client]
     assert receive(server, to_server) == data[:to_server]
-    assert lab.resets() == 0
+    assert wire.resets() == 0
 
 
-def test_large_queues_there_and_back(lab: Lab) -> None:
+def test_large_queues_there_and_back(wire: Wire) -> None:
     """8 MiB in each direction, and the application's buffer limits do not grow on the way."""
-    client, server = lab.connect(FAMILIES["ipv4"])
+    client, server = wire.connect(FAMILIES["ipv4"])
     large_buffers(client, server)
     data = random.Random(8).randbytes(16 * MIB)
     sizes = fill(client, data), fill(server, data)
     assert min(sizes) > 8 * MIB
     before = [server.getsockopt(socket.SOL_SOCKET, one) for one in (socket.SO_RCVBUF, socket.SO_SNDBUF, 72)]
-    service = Service(lab.first, [server])
-    for host in (lab.second, lab.first):
+    service = Service(wire.first, [server])
+    for host in (wire.second, wire.first):
         service.move(host)
     (server,) = service.sockets()
     after = [server.getsockopt(socket.SOL_SOCKET, one) for one in (socket.SO_RCVBUF, socket.SO_SNDBUF, 72)]
@@ -109,7 +113,7 @@ def test_large_queues_there_and_back(lab: Lab) -> None:
     assert receive(server, sizes[0] + 3) == data[: sizes[0]] + b"end"
     for one in writers:
         one.join()
-    assert lab.resets() == 0
+    assert wire.resets() == 0
 
 
 class Stream:
@@ -162,7 +166,8 @@ def serve_some(sock: socket.socket, out: Stream, back: Stream, until: int) -> bo
     sock.setblocking(False)
     ended = False
     while out.received < until and not (ended and back.sent == back.total):
-        readable, writable, _ = select.select([] if ended else [sock], [sock] if back.sent < back.total else [], [], 20)
+        reading, writing = [] if ended else [sock], [sock] if back.sent < back.total else []
+        readable, writable, _ = select.select(reading, writing, [], 20)
         assert readable or writable, "the connection stands still"
         ended |= bool(readable) and not out.receive_some(sock)
         if writable:
@@ -171,12 +176,12 @@ def serve_some(sock: socket.socket, out: Stream, back: Stream, until: int) -> bo
 
 
 @pytest.mark.parametrize("name", ["ipv4", "ipv6"])
-def test_streams_stay_exact_over_twenty_moves(lab: Lab, name: str) -> None:
-    client, server = lab.connect(FAMILIES[name])
+def test_streams_stay_exact_over_twenty_moves(wire: Wire, name: str) -> None:
+    client, server = wire.connect(FAMILIES[name])
     out, back = Stream(48 * MIB), Stream(48 * MIB)
     thread = run_client(client, out, back)
-    service = Service(lab.first, [server])
-    hosts = [lab.second, lab.first] * 10
+    service = Service(wire.first, [server])
+    hosts = [wire.second, wire.first] * 10
     for number, host in enumerate(hosts, 1):
         with socket.socket(fileno=os.dup(service.fds[0])) as sock:
             assert serve_some(sock, out, back, out.total * number // 21)
@@ -187,7 +192,7 @@ def test_streams_stay_exact_over_twenty_moves(lab: Lab, name: str) -> None:
     thread.join(20)
     assert (out.received, back.received) == (out.total, back.total)
     assert out.exact() and back.exact()
-    assert lab.resets() == 0
+    assert wire.resets() == 0
 
 
 SYSCTLS = {
@@ -198,21 +203,21 @@ SYSCTLS = {
 
 
 @pytest.mark.parametrize("off", [(), *[(one,) for one in SYSCTLS], tuple(SYSCTLS)], ids=str)
-def test_what_the_handshake_settled_is_kept(lab: Lab, off: tuple[str, ...]) -> None:
+def test_what_the_handshake_settled_is_kept(wire: Wire, off: tuple[str, ...]) -> None:
     for name in off:
-        lab.client.sysctl(f"ipv4.{name}", "0")
-    client, server = lab.connect(FAMILIES["ipv4"])
+        wire.client.sysctl(f"ipv4.{name}", "0")
+    client, server = wire.connect(FAMILIES["ipv4"])
     before, segment_size = tcp_info(server), server.getsockopt(socket.IPPROTO_TCP, tcp_repair.TCP_MAXSEG)
     for name, bit in SYSCTLS.items():
         assert bool(before.options & bit) == (name not in off)
-    service = Service(lab.first, [server])
-    service.move(lab.second)
+    service = Service(wire.first, [server])
+    service.move(wire.second)
     (server,) = service.sockets()
     after = tcp_info(server)
     mask = tcp_repair.TCPI_OPT_SACK | tcp_repair.TCPI_OPT_TIMESTAMPS
     assert after.options & mask == before.options & mask
-    scaled = "tcp_window_scaling" not in off
-    assert (after.snd_wscale, after.rcv_wscale) == ((before.snd_wscale, before.rcv_wscale) if scaled else (0, 0))
+    scale = (0, 0) if "tcp_window_scaling" in off else (before.snd_wscale, before.rcv_wscale)
+    assert (after.snd_wscale, after.rcv_wscale) == scale
     assert server.getsockopt(socket.IPPROTO_TCP, tcp_repair.TCP_MAXSEG) >= segment_size - 12 > 1400
     data = random.Random(9).randbytes(2 * MIB)
     for sender, receiver in ((client, server), (server, client)):
@@ -220,8 +225,8 @@ def test_what_the_handshake_settled_is_kept(lab: Lab, off: tuple[str, ...]) -> N
         writer.start()
         assert receive(receiver, len(data)) == data
         writer.join()
-    assert lab.resets() == 0
-    assert lab.client.counter("TcpExt.PAWSEstab") == 0
+    assert wire.resets() == 0
+    assert wire.client.counter("TcpExt.PAWSEstab") == 0
 
 
 def microsecond_timestamps(host: Host) -> None:
@@ -235,13 +240,13 @@ def microsecond_timestamps(host: Host) -> None:
         route.request(24, netlink.NLM_F_CREATE | netlink.NLM_F_REPLACE, message, "route")  # RTM_NEWROUTE
 
 
-def test_microsecond_timestamps_are_kept(lab: Lab) -> None:
-    for host in (lab.client, lab.first):  # the destination does not use them by itself
+def test_microsecond_timestamps_are_kept(wire: Wire) -> None:
+    for host in (wire.client, wire.first):  # the destination does not use them by itself
         microsecond_timestamps(host)
-    client, server = lab.connect(FAMILIES["ipv4"])
+    client, server = wire.connect(FAMILIES["ipv4"])
     assert tcp_info(server).options & tcp_repair.TCPI_OPT_USEC_TS
-    service = Service(lab.first, [server])
-    for host in (lab.second, lab.first, lab.second):
+    service = Service(wire.first, [server])
+    for host in (wire.second, wire.first, wire.second):
         client.sendall(b"x")
         service.move(host)
     (server,) = service.sockets()
@@ -249,20 +254,20 @@ def test_microsecond_timestamps_are_kept(lab: Lab) -> None:
     assert receive(server, 3) == b"xxx"
     server.sendall(b"answer")
     assert receive(client, 6) == b"answer"
-    assert lab.client.counter("TcpExt.PAWSEstab") == 0
-    assert lab.resets() == 0
+    assert wire.client.counter("TcpExt.PAWSEstab") == 0
+    assert wire.resets() == 0
 
 
-def test_offered_window_does_not_collapse(lab: Lab) -> None:
+def test_offered_window_does_not_collapse(wire: Wire) -> None:
     """A connection that received at full speed before goes on doing so: its window is not slow-started
     again."""
-    client, server = lab.connect(FAMILIES["ipv4"])
+    client, server = wire.connect(FAMILIES["ipv4"])
     writer = threading.Thread(target=client.sendall, args=(bytes(48 * MIB),))
     writer.start()
     receive(server, 48 * MIB)
     writer.join()
-    service = Service(lab.first, [server])
-    service.move(lab.second)
+    service = Service(wire.first, [server])
+    service.move(wire.second)
     (state,) = service.states
     assert isinstance(state, tcp.TcpConnection)
     offered = state.window[3]
@@ -276,12 +281,12 @@ def test_offered_window_does_not_collapse(lab: Lab) -> None:
 
 @pytest.mark.parametrize("reverse_path", ["0", "1", "2"])
 @pytest.mark.parametrize("state", HALF_CLOSED, ids=lambda state: state.name)
-def test_half_closed(lab: Lab, family: Family, state: TcpState, reverse_path: str) -> None:
-    lab.second.sysctl("ipv4.conf.all.rp_filter", reverse_path)
-    client, server = lab.connect(family)
-    enter(state, lab, client, server)
-    service = Service(lab.first, [server])
-    service.move(lab.second)
+def test_half_closed(wire: Wire, family: Family, state: TcpState, reverse_path: str) -> None:
+    wire.second.sysctl("ipv4.conf.all.rp_filter", reverse_path)
+    client, server = wire.connect(family)
+    enter(state, wire, client, server)
+    service = Service(wire.first, [server])
+    service.move(wire.second)
     assert [one.state for one in service.states if isinstance(one, tcp.TcpConnection)] == [state]
     (server,) = service.sockets()
     assert server.recv(100) == b"before the end"
@@ -300,16 +305,16 @@ def test_half_closed(lab: Lab, family: Family, state: TcpState, reverse_path: st
         assert server.recv(100) == b""
     server.close()
     client.close()
-    wait_for(lambda: not lab.second.run("ss", "-Htn", "state", "connected", "exclude", "time-wait"), "the end")
-    assert lab.resets() == 0
+    wait_for(lambda: not wire.second.connections(), "the end")
+    assert wire.resets() == 0
 
 
-def test_half_closed_and_bound_to_a_device(lab: Lab) -> None:
-    client, server = lab.connect(FAMILIES["ipv4"])
+def test_half_closed_and_bound_to_a_device(wire: Wire) -> None:
+    client, server = wire.connect(FAMILIES["ipv4"])
     server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
-    enter(TcpState.CLOSE_WAIT, lab, client, server)
-    service = Service(lab.first, [server])
-    service.move(lab.second)
+    enter(TcpState.CLOSE_WAIT, wire, client, server)
+    service = Service(wire.first, [server])
+    service.move(wire.second)
     (server,) = service.sockets()
     assert server.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16) == b"eth0\0"
     assert receive(server, 14) == b"before the end"

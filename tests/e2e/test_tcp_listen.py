@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Iterator
 
 import pytest
 from e2e.segment import Host, wait_for
@@ -16,10 +15,9 @@ from e2e.tcp_mover import (
     V4,
     V6,
     Family,
-    Lab,
     Service,
+    Wire,
     deafen,
-    laboratory,
     receive,
     state_of,
 )
@@ -32,48 +30,37 @@ from agent.resources.switchover import PacketCapture, replay
 from agent.resources.tcp import destination
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    with laboratory() as built:
-        yield built
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
-    return FAMILIES[request.param]
-
-
 @pytest.mark.parametrize("address", [V4, V6, "0.0.0.0", "::"])
-def test_listener_goes_on_listening(lab: Lab, address: str) -> None:
+def test_listener_goes_on_listening(wire: Wire, address: str) -> None:
     kind = socket.AF_INET6 if ":" in address else socket.AF_INET
-    listener = lab.first.socket(kind)
+    listener = wire.first.socket(kind)
     listener.bind((address, PORT))
     listener.listen(7)
-    with lab.first:
-        client = lab.client.socket(kind)
+    with wire.first:
+        client = wire.client.socket(kind)
         client.connect((V6 if kind == socket.AF_INET6 else V4, PORT))
     server, _ = listener.accept()
-    service = Service(lab.first, [listener, server])
-    service.move(lab.second)
+    service = Service(wire.first, [listener, server])
+    service.move(wire.second)
     listener, server = service.sockets()
     assert tcp_info(listener).sacked == 7
     assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR) == 0
-    second = lab.client.socket(kind)
+    second = wire.client.socket(kind)
     second.connect((V6 if kind == socket.AF_INET6 else V4, PORT))
     accepted, _ = listener.accept()
     assert sock_filter.read(accepted) is None
     second.sendall(b"new")
     client.sendall(b"old")
     assert (accepted.recv(10), server.recv(10)) == (b"new", b"old")
-    assert lab.resets() == 0
+    assert wire.resets() == 0
 
 
-def test_sockets_that_do_nothing_yet(lab: Lab) -> None:
-    fresh, bound = lab.first.socket(), lab.first.socket()
+def test_sockets_that_do_nothing_yet(wire: Wire) -> None:
+    fresh, bound = wire.first.socket(), wire.first.socket()
     fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     bound.bind((V4, 7100))
-    service = Service(lab.first, [fresh, bound])
-    service.move(lab.second)
+    service = Service(wire.first, [fresh, bound])
+    service.move(wire.second)
     fresh, bound = service.sockets()
     assert fresh.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
     assert bound.getsockname() == (V4, 7100)
@@ -82,11 +69,11 @@ def test_sockets_that_do_nothing_yet(lab: Lab) -> None:
     assert bound.accept()[1] == fresh.getsockname()
 
 
-def test_a_taken_port_is_refused(lab: Lab) -> None:
-    with lab.listen(FAMILIES["ipv4"]) as listener:
+def test_a_taken_port_is_refused(wire: Wire) -> None:
+    with wire.listen(FAMILIES["ipv4"]) as listener:
         state = tcp.capture(listener.fileno())
     assert isinstance(state, tcp.TcpListener)
-    with lab.second:
+    with wire.second:
         assert tcp.can_listen(state) is None
         with socket.create_server(("", PORT)):
             blocker = tcp.can_listen(state)
@@ -96,12 +83,12 @@ def test_a_taken_port_is_refused(lab: Lab) -> None:
                 tcp.rebuild(state)
             assert raised.value.errno == errno.EADDRINUSE
         assert tcp.can_listen(state) is None
-        assert not lab.second.run("ss", "-Hltn")
+        assert not wire.second.run("ss", "-Hltn")
 
 
-def half_open(lab: Lab, host: Host) -> socket.socket:
+def half_open(wire: Wire, host: Host) -> socket.socket:
     """A client's handshake that cannot be finished until its filter is taken away."""
-    client = lab.client.socket()
+    client = wire.client.socket()
     deafen(client)
     client.setblocking(False)
     client.connect_ex((V4, PORT))
@@ -109,27 +96,27 @@ def half_open(lab: Lab, host: Host) -> socket.socket:
     return client
 
 
-def test_pending_accepts_and_quiesce(lab: Lab) -> None:
-    listener = lab.listen(FAMILIES["ipv4"])
-    with lab.first:
+def test_pending_accepts_and_quiesce(wire: Wire) -> None:
+    listener = wire.listen(FAMILIES["ipv4"])
+    with wire.first:
         diag = SockDiag()
 
         def pending() -> int:
             return tcp.pending_accepts(listener.fileno(), diag)
 
         assert pending() == 0
-        waiting = lab.client.socket()
+        waiting = wire.client.socket()
         waiting.connect((V4, PORT))
         wait_for(lambda: pending() == 1, "the connection that waits to be accepted")
-        half = half_open(lab, lab.first)
+        half = half_open(wire, wire.first)
         assert pending() == 2
         tcp.quiesce(listener.fileno())
-        before = lab.first.counter("Tcp.PassiveOpens")
-        late = lab.client.socket()
+        before = wire.first.counter("Tcp.PassiveOpens")
+        late = wire.client.socket()
         late.setblocking(False)
         late.connect_ex((V4, PORT))
         sock_filter.detach(half)  # its SYN-ACK is repeated, and its handshake finishes
-        wait_for(lambda: lab.first.counter("Tcp.PassiveOpens") > before, "the handshake")
+        wait_for(lambda: wire.first.counter("Tcp.PassiveOpens") > before, "the handshake")
         for _ in range(2):
             listener.accept()[0].close()
         assert pending() == 0
@@ -144,18 +131,18 @@ def test_pending_accepts_and_quiesce(lab: Lab) -> None:
 @pytest.mark.parametrize("lossless", [True, False], ids=["replayed", "lost"])
 @pytest.mark.parametrize("reverse_path", ["0", "1", "2"])
 def test_what_arrives_in_the_pause_costs_no_retransmission(
-    lab: Lab, family: Family, lossless: bool, reverse_path: str
+    wire: Wire, family: Family, lossless: bool, reverse_path: str
 ) -> None:
-    lab.second.sysctl("ipv4.conf.all.rp_filter", reverse_path)
-    client, server = lab.connect(family)
+    wire.second.sysctl("ipv4.conf.all.rp_filter", reverse_path)
+    client, server = wire.connect(family)
     client.sendall(b"0")
     assert server.recv(1) == b"0"
 
     def pause() -> None:
         client.sendall(b"asked in the pause")
 
-    service = Service(lab.first, [server])
-    service.move(lab.second, pause, lossless)
+    service = Service(wire.first, [server])
+    service.move(wire.second, pause, lossless)
     (server,) = service.sockets()
     assert receive(server, 18) == b"asked in the pause"
     server.sendall(b"answer")
@@ -166,50 +153,50 @@ def test_what_arrives_in_the_pause_costs_no_retransmission(
 
 @pytest.mark.parametrize("margin", [destination._TIMESTAMP_MARGIN_MS, 0], ids=["margin", "no margin"])
 def test_the_source_may_still_retransmit_after_its_capture(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, margin: int
+    wire: Wire, monkeypatch: pytest.MonkeyPatch, margin: int
 ) -> None:
     """Its timestamps then run ahead of those captured: the peer must not take the destination's for old."""
     monkeypatch.setattr(destination, "_TIMESTAMP_MARGIN_MS", margin)
     if not margin:
         monkeypatch.setattr("time.time", lambda: 0.0)  # nor do the hosts' clocks help
-    client, server = lab.connect(FAMILIES["ipv4"])
+    client, server = wire.connect(FAMILIES["ipv4"])
     tcp.lock(server.fileno())
     server.sendall(b"sent again and again")
-    service = Service(lab.first, [server])
+    service = Service(wire.first, [server])
 
     def transfer() -> None:
-        wait_for(lambda: lab.first.counter("Tcp.RetransSegs") >= 2, "retransmissions by the source")
+        wait_for(lambda: wire.first.counter("Tcp.RetransSegs") >= 2, "retransmissions by the source")
 
-    service.move(lab.second, transfer=transfer)
+    service.move(wire.second, transfer=transfer)
     (server,) = service.sockets()
     server.sendall(b", and more")
     assert receive(client, 30) == b"sent again and again, and more"
-    assert (lab.client.counter("TcpExt.PAWSEstab") == 0) == bool(margin)
-    assert lab.resets() == 0
+    assert (wire.client.counter("TcpExt.PAWSEstab") == 0) == bool(margin)
+    assert wire.resets() == 0
 
 
 @pytest.mark.parametrize("lossless", [True, False], ids=["replayed", "lost"])
-def test_who_connects_in_the_pause_need_not_try_again(lab: Lab, family: Family, lossless: bool) -> None:
-    client = lab.client.socket(family.client)
+def test_who_connects_in_the_pause_need_not_try_again(wire: Wire, family: Family, lossless: bool) -> None:
+    client = wire.client.socket(family.client)
     client.setblocking(False)
-    service = Service(lab.first, [lab.listen(family)])
+    service = Service(wire.first, [wire.listen(family)])
 
     def pause() -> None:
         assert client.connect_ex((family.address, PORT)) == errno.EINPROGRESS
 
-    service.move(lab.second, pause, lossless)
+    service.move(wire.second, pause, lossless)
     (listener,) = service.sockets()
     server, _ = listener.accept()
     assert (tcp_info(client).total_retrans == 0) == lossless
     client.sendall(b"hello")
     server.settimeout(20)
     assert receive(server, 5) == b"hello"
-    assert lab.resets() == 0
+    assert wire.resets() == 0
 
 
-def test_capture_keeps_to_its_addresses_ports_and_limits(lab: Lab) -> None:
-    client, server = lab.connect(FAMILIES["ipv4"])
-    with lab.first:
+def test_capture_keeps_to_its_addresses_ports_and_limits(wire: Wire) -> None:
+    client, server = wire.connect(FAMILIES["ipv4"])
+    with wire.first:
         mine, others = PacketCapture([V4], ports=[PORT]), PacketCapture([V4], ports=[1])
         elsewhere = PacketCapture([V6, "10.77.0.2"])
         captures = mine, others, elsewhere
@@ -234,9 +221,9 @@ def test_capture_keeps_to_its_addresses_ports_and_limits(lab: Lab) -> None:
             one.close()
 
 
-def test_capture_that_has_no_room_says_so(lab: Lab) -> None:
-    client, server = lab.connect(FAMILIES["ipv4"])
-    with lab.first:
+def test_capture_that_has_no_room_says_so(wire: Wire) -> None:
+    client, server = wire.connect(FAMILIES["ipv4"])
+    with wire.first:
         capture = PacketCapture(SERVICE, buffer_bytes=4096)
         capture.start()
         client.sendall(bytes(MIB // 2))

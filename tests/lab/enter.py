@@ -147,7 +147,7 @@ def start(command: list[str], environment: Mapping[str, str], log: Callable[[int
 
 
 def _write_to(path: Path, report: int) -> None:
-    """Let standard output and error be the file `path`, emptied. If that fails, say so on `report` and exit."""
+    """Let standard output and error be the file `path`, emptied. If that fails, tell `report` and exit."""
     try:
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     except OSError as err:

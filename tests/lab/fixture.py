@@ -111,7 +111,7 @@ class Lab:
         return found.ipv6 if ipv6 else found.ipv4
 
     def log(self, host: str, pid: int) -> str:
-        """What the command that was started detached in `host`, as `pid`, wrote so far, wherever it is now."""
+        """What the command started detached in `host`, as `pid`, wrote so far, wherever it is now."""
         return self._state().log(host, pid).read_text(errors="replace")
 
     def pid_outside(self, host: str, pid: int) -> int:

@@ -33,6 +33,9 @@ MS_PRIVATE = 1 << 18
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 
+# asm/unistd_64.h
+NR_rt_sigaction = 13
+
 # linux/nsfs.h
 NS_GET_PARENT = 0xB702
 
@@ -52,6 +55,12 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = 
     arguments = [os.fsencode(each) or None for each in (source, target, kind)]
     result = libc.mount(*arguments, ctypes.c_ulong(flags), os.fsencode(data) or None)
     check(result, f"mount {kind or 'bind'} {source} on {target}")
+
+
+def default_action(number: int) -> None:
+    """SIG_DFL for signal `number`, past glibc, which refuses to touch its own (rt_sigaction(2))."""
+    action = ctypes.create_string_buffer(32)  # struct kernel_sigaction: SIG_DFL, no flags, an empty mask
+    check(libc.syscall(NR_rt_sigaction, number, action, None, 8), f"rt_sigaction {number}")
 
 
 def set_death_signal(number: int) -> None:

@@ -15,7 +15,7 @@ CLIENT = "client"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROJECT = Path(__file__).resolve().parents[2]
 LABS = Path("/run/migrate-lab")  # on the machine: one directory for each lab
-SHARED = Path("/var/lib/migrate-lab")  # on the machine's disk: one directory for each lab, shared by its hosts
+SHARED = Path("/var/lib/migrate-lab")  # on its disk: one directory for each lab, shared by its hosts
 HOST_DIRECTORY = Path("/run/lab")  # in each host: its sshd's and its configuration files
 
 _DAY = 86_400

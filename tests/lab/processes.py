@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import signal
@@ -10,6 +9,8 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+from lab import kernel
 
 _KEPT = 3  # standard input, output and error
 
@@ -31,10 +32,12 @@ def redirect(output: int | None = None) -> None:
 
 
 def reset_signals() -> None:
-    """Undo what Python did to signals at its start, so that a command starts with the defaults."""
-    for number in signal.valid_signals():
-        with contextlib.suppress(OSError, ValueError):  # SIGKILL, SIGSTOP
-            signal.signal(number, signal.SIG_DFL)
+    """Let a command start with the defaults, whatever Python and those before it did.
+
+    Signals 32 and 33 too, which glibc keeps to itself and its posix_spawn hands on ignored.
+    """
+    for number in set(range(1, 65)) - {signal.SIGKILL, signal.SIGSTOP}:
+        kernel.default_action(number)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -14,19 +14,20 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "common/load.h"
 #include "common/pattern.h"
 #include "common/status.h"
 
 enum { THREADS_MAX = 64, WORDS = PAGE / 8, CHUNK = 64 };
-enum fill { RANDOM, TEXT, ZERO };
+enum fill { RANDOM, TEXT, ZERO, SPARSE };
 
 static struct {
-    size_t megabytes, mappings;
-    double rate, seconds; /* rate: bytes per second, of all writers together */
-    int threads;
+    size_t megabytes, mappings, working_set; /* working_set: how much of the memory is written, 0: all */
+    double rate, seconds;                    /* rate: bytes per second, of all writers together */
+    int threads, sleepers;
     enum fill fill;
-    bool sweep;
-    const char *status, *log;
+    bool sweep, spin;
+    const char *status, *log, *trace, *listen;
 } options = {.megabytes = 64, .mappings = 1, .rate = 10e6, .threads = 1};
 
 struct writer {
@@ -50,33 +51,52 @@ static uint64_t *page_at(size_t page)
 static const char words_of_text[8][9] = {"the     ", "process ", "moves   ", "between ",
                                          "hosts   ", "and its ", "users do", "not see."};
 
-static uint64_t word_of(size_t page, uint32_t generation_now, size_t index)
+static void random_content(uint64_t *words, uint64_t seed)
 {
-    uint64_t seed = mix((uint64_t)page << 32 | generation_now), word;
-    if (options.fill == RANDOM)
-        return pattern_word(seed | 1, index);
-    if (options.fill == ZERO) /* all zeros but for the generation, and that only once it is written */
-        return index ? 0 : generation_now;
-    memcpy(&word, words_of_text[(seed >> (index % 21 * 3)) & 7], 8);
-    return word;
+    uint64_t product = pattern_word(seed, 0) ^ seed >> 17, step = 2 * product;
+    for (size_t i = 0; i < WORDS; i++, product += step) /* pattern_word(seed, i), without its multiplications */
+        words[i] = product ^ seed >> 17;
+}
+
+static void text_content(uint64_t *words, uint64_t seed)
+{
+    for (size_t i = 0; i < WORDS; i++, seed >>= 3) {
+        if (i % 21 == 0)
+            seed = mix(seed + i);
+        memcpy(&words[i], words_of_text[seed & 7], 8);
+    }
+}
+
+static void content_of(uint64_t *words, size_t page)
+{
+    uint64_t seed = mix((uint64_t)page << 32 | generation[page]);
+    if (options.fill == TEXT) {
+        text_content(words, seed);
+    } else if (options.fill == RANDOM || (options.fill == SPARSE && page % 4 == 0)) {
+        random_content(words, seed | 1);
+    } else { /* all zeros but for the generation, and that only once it is written */
+        memset(words, 0, PAGE);
+        words[0] = generation[page];
+    }
 }
 
 static void fill_page(size_t page)
 {
-    uint64_t *words = page_at(page);
-    for (size_t i = 0; i < WORDS; i++)
-        words[i] = word_of(page, generation[page], i);
+    content_of(page_at(page), page);
 }
 
 static void check_page(size_t page)
 {
     const uint64_t *words = page_at(page);
-    for (size_t i = 0; i < WORDS; i++)
-        if (words[i] != word_of(page, generation[page], i)) {
-            complain("heartbeat", "page %zu (%p) is wrong at word %zu, generation %u", page, (const void *)words, i,
-                     generation[page]);
-            return;
-        }
+    uint64_t expected[WORDS];
+    size_t i = 0;
+    content_of(expected, page);
+    if (memcmp(words, expected, PAGE) == 0)
+        return;
+    while (i < WORDS && words[i] == expected[i])
+        i++;
+    complain("heartbeat", "page %zu (%p) is wrong at word %zu, generation %u", page, (const void *)words, i,
+             generation[page]);
 }
 
 static size_t choose(struct writer *writer)
@@ -141,8 +161,10 @@ static void map_all(void)
 
 static void usage(void)
 {
-    fputs("usage: heartbeat [--megabytes M] [--mappings N] [--rate MB/s] [--sweep] [--fill random|text|zero]\n"
-          "                 [--threads N] [--seconds S] [--status FILE] [--log FILE]\n"
+    fputs("usage: heartbeat [--megabytes M] [--mappings N] [--fill random|text|zero|sparse]\n"
+          "                 [--rate MB/s] [--sweep] [--working-set M] [--threads N] [--sleepers N] [--spin]\n"
+          "                 [--listen ADDRESS:PORT] [--seconds S] [--status FILE] [--log FILE] [--trace FILE]\n"
+          "zero memory is not there until it is written; sparse is there, and three of four pages are zeros.\n"
           "SIGUSR1 prints the status and starts a new window for the longest gap; SIGTERM checks all and ends.\n",
           stderr);
     exit(2);
@@ -150,8 +172,8 @@ static void usage(void)
 
 static enum fill fill_of(const char *name)
 {
-    static const char *const names[] = {"random", "text", "zero"};
-    for (int i = 0; i < 3; i++)
+    static const char *const names[] = {"random", "text", "zero", "sparse"};
+    for (int i = 0; i < 4; i++)
         if (strcmp(name, names[i]) == 0)
             return (enum fill)i;
     usage();
@@ -163,7 +185,8 @@ static void parse(int count, char **arguments)
     static const struct option known[] = {
         {"megabytes", 1, 0, 'm'}, {"mappings", 1, 0, 'n'}, {"rate", 1, 0, 'r'},   {"sweep", 0, 0, 'w'},
         {"fill", 1, 0, 'f'},      {"threads", 1, 0, 't'},  {"status", 1, 0, 's'}, {"log", 1, 0, 'l'},
-        {"seconds", 1, 0, 'e'},   {0},
+        {"seconds", 1, 0, 'e'},   {"working-set", 1, 0, 'k'}, {"sleepers", 1, 0, 'p'}, {"spin", 0, 0, 'c'},
+        {"trace", 1, 0, 'a'},     {"listen", 1, 0, 'i'},   {0},
     };
     for (int option; (option = getopt_long(count, arguments, "", known, NULL)) != -1;)
         switch (option) {
@@ -176,10 +199,16 @@ static void parse(int count, char **arguments)
         case 's': options.status = optarg; break;
         case 'l': options.log = optarg; break;
         case 'e': options.seconds = atof(optarg); break;
+        case 'k': options.working_set = strtoul(optarg, NULL, 0); break;
+        case 'p': options.sleepers = atoi(optarg); break;
+        case 'c': options.spin = true; break;
+        case 'a': options.trace = optarg; break;
+        case 'i': options.listen = optarg; break;
         default: usage();
         }
     if (optind != count || options.threads < 1 || options.threads > THREADS_MAX || options.mappings < 1 ||
-        options.megabytes * 256 < options.mappings * (size_t)options.threads)
+        options.megabytes * 256 < options.mappings * (size_t)options.threads ||
+        options.working_set > options.megabytes || options.working_set * 256 % (size_t)options.threads)
         usage();
 }
 
@@ -200,6 +229,20 @@ static void attend(const sigset_t *wanted)
     }
 }
 
+static void start_company(void)
+{
+    if (options.spin)
+        spin_start();
+    if (options.trace)
+        trace_start(written);
+    else
+        heartbeat_start(100);
+    if (options.listen)
+        echo_start(options.listen);
+    if (options.sleepers)
+        sleepers_start(options.sleepers);
+}
+
 int main(int count, char **arguments)
 {
     static struct writer writers[THREADS_MAX];
@@ -214,8 +257,8 @@ int main(int count, char **arguments)
     sigaddset(&wanted, SIGUSR1);
     map_all();
     written = status_counter("pages-written");
-    heartbeat_start(100);
-    size_t share = pages_total / (size_t)options.threads;
+    start_company();
+    size_t share = (options.working_set ? options.working_set * 256 : pages_total) / (size_t)options.threads;
     for (int i = 0; i < options.threads; i++) {
         writers[i] = (struct writer){.first = (size_t)i * share, .pages = share, .random = {(uint64_t)i + 1}};
         pthread_create(&writers[i].thread, NULL, write_pages, &writers[i]);
@@ -226,5 +269,7 @@ int main(int count, char **arguments)
         pthread_join(writers[i].thread, NULL);
     for (size_t page = 0; page < pages_total; page++)
         check_page(page);
+    if (options.trace)
+        trace_write(options.trace);
     return status_finish();
 }

@@ -34,6 +34,7 @@ SYS_PERF_EVENT_OPEN = 298
 CLONE_NEWUTS = 0x04000000
 IPC_CREAT, IPC_RMID = 0o1000, 0
 PTRACE_SEIZE = 0x4206
+PORT, PRIVATE = 7321, Path("/tmp/holder-private")
 
 
 def check(result: int) -> int:
@@ -169,6 +170,17 @@ def hold_passed_descriptor() -> object:
     left, right = socket.socketpair()
     left.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [2]))])
     return left, right
+
+
+def hold_listener() -> object:
+    """Moves, but not to a host where somebody else listens there."""
+    return socket.create_server(("", PORT))
+
+
+def hold_private_directory() -> object:
+    """Moves, but not to a host that has no such directory."""
+    PRIVATE.mkdir(exist_ok=True)
+    return os.open(PRIVATE, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def hold_tracer() -> object:

@@ -167,7 +167,8 @@ def talk(turn: Turn, options: argparse.Namespace, result: dict[str, object]) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("address", metavar="HOST:PORT")
     parser.add_argument("--until-file", type=Path, required=True)

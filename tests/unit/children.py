@@ -1,4 +1,4 @@
-"""Small processes that tests look at: a puppet that makes the system calls it is told, and a spinner that checks itself."""
+"""Small processes that tests look at: a puppet that makes the calls it is told, a self-checking spinner."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _GENERAL = ("rbx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", 
 
 
 def _spin() -> str:
-    """Assembler: known values into registers, a while of counting, and whether they are still there (rdx = 0)."""
+    """Assembler: known values into registers, a while of counting, and are they still there (rdx = 0)?"""
     lines = ["xor %%rdx, %%rdx"]
     for number in range(16):
         lines += [f"mov ${0x1234567890 * (number + 1)}, %%rax", f"movq %%rax, %%xmm{number}"]
@@ -82,9 +82,10 @@ static void spin(long count)
 """
     + _spin()
     + r"""
-        : "=&d"(bad), "+c"(count) : : "rax", "rbx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
-          "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
-          "xmm13", "xmm14", "xmm15", "cc", "memory");
+        : "=&d"(bad), "+c"(count) :
+        : "rax", "rbx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
+          "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
+          "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
     if (bad)
         complain("registers");
 }
@@ -98,7 +99,8 @@ static void nap(long milliseconds)
         time = rest;
     }
     clock_gettime(CLOCK_MONOTONIC, &after);
-    if ((after.tv_sec - before.tv_sec) * 1000000000L + after.tv_nsec - before.tv_nsec < milliseconds * 1000000)
+    long passed = (after.tv_sec - before.tv_sec) * 1000000000L + after.tv_nsec - before.tv_nsec;
+    if (passed < milliseconds * 1000000)
         complain("time");
 }
 int main(void)
@@ -218,7 +220,7 @@ def puppet() -> Iterator[Puppet]:
 
 
 class Spinner:
-    """A process that checks its registers, its signal mask and its sleep, and says a number each time round."""
+    """A process that checks its registers, signal mask and sleep, and says a number each time round."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen([compiled(SPINNER)], stdout=subprocess.PIPE, bufsize=0)

@@ -1,10 +1,14 @@
-"""A program that speaks as `migrate-agent` does, to test the tool alone: `stand_in_agent.py SCENARIO source|ps`."""
+"""In the place of `migrate-agent`, to test tool and service alone: `stand_in_agent.py SCENARIO COMMAND`.
+
+`connect` and `serve` are the real ones; what carries out a request, `source`, and `ps` play the scenario.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 REPORT: dict[str, Any] = {
@@ -34,6 +38,8 @@ PROCESS = {
     "dirty_rate": None,
     "blockers": [BLOCKER],
 }
+IDLE_EXIT = "STAND_IN_IDLE_EXIT"  # seconds until the service ends that nobody uses
+DESERTED_AFTER = "STAND_IN_DESERTED_AFTER"
 
 
 def say(**event: Any) -> None:
@@ -44,22 +50,61 @@ def finish(**report: Any) -> None:
     say(event="finished", report={**REPORT, **report})
 
 
+def program(scenario: str) -> tuple[list[str], dict[str, str]]:
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
+    return [sys.executable, __file__, scenario], {**os.environ, "PYTHONPATH": path}
+
+
+def connect(scenario: str) -> int:
+    if scenario == "noise":
+        print("Welcome to alpha!", flush=True)
+    if scenario == "another-version":
+        health = '{"version": "9.9", "protocol": 99, "host": "alpha", "pid": 1, "running": 0}'
+        print('migrate-agent connected {"health": ' + health + "}", flush=True)
+        return int(bool(sys.stdin.read(1)))
+    if scenario == "older":
+        print("Usage: migrate-agent\n\nError: No such command 'connect'.", file=sys.stderr)
+        return 2
+    from agent.server import places
+    from agent.server.connect import bridge
+
+    argv, environment = program(scenario)
+    return bridge(places.default(), [*argv, "serve"], environment)
+
+
+def serve(scenario: str) -> int:
+    from agent.server import log, places, service
+
+    log.set_up(2, "text")
+    return service.run(
+        service.Settings(
+            places=places.default(),
+            program=program(scenario),
+            idle_exit=float(os.environ.get(IDLE_EXIT, "0.4")),
+            deserted_after=float(os.environ.get(DESERTED_AFTER, "0.4")),
+        )
+    )
+
+
 def source(scenario: str) -> int:
     request = json.loads(sys.stdin.readline())
     if path := os.environ.get("STAND_IN_REQUEST"):
         with open(path, "w", encoding="utf-8") as file:
             json.dump(request, file)
+    if scenario == "by-destination":  # as in "checked.migrated": what a check plays, what a move plays
+        scenario = request["destination"].split(".")[request["operation"] == "move"]
     match scenario:
         case "dies-at-once":
             return 3
-        case "noise":
-            print("Welcome to alpha!", flush=True)
         case "checked":
             say(event="checked", result=CHECK)
         case "blocked":
             say(event="checked", result={**CHECK, "blockers": [BLOCKER]})
         case "migrated" | "rolled-back" | "in-doubt" | "refused":
             finish(outcome=scenario)
+        case "committed":
+            say(event="state", state="committed")
     if scenario in ("dies", "noise", "waits", "deaf"):
         say(event="state", state="pre-copy")
     if scenario == "dies":
@@ -67,12 +112,16 @@ def source(scenario: str) -> int:
         return 9
     if scenario == "noise":
         finish()
+    return until_aborted(scenario)
+
+
+def until_aborted(scenario: str) -> int:
+    """The end of input, or a wish to abort; "deaf" does not hear people's."""
     for line in sys.stdin:
-        if scenario == "waits" and json.loads(line) == {"abort": True}:
-            finish(
-                outcome="rolled-back",
-                error={"kind": "aborted", "message": "as asked", "where": "coordinator"},
-            )
+        reason = json.loads(line)["reason"]
+        if scenario == "waits" or "nobody" in reason:
+            error = {"kind": "aborted", "message": reason, "where": "coordinator"}
+            finish(outcome="rolled-back", error=error)
             break
     return 0
 
@@ -83,4 +132,4 @@ def ps(scenario: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ps(sys.argv[1]) if sys.argv[2] == "ps" else source(sys.argv[1]))
+    sys.exit(globals()[sys.argv[2]](sys.argv[1]))

@@ -267,11 +267,11 @@ def offsets(structure: str, *fields: str) -> dict[str, str]:
 
 def test_clone_args(probe: Probe) -> None:
     kernel = probe(
-        HEADERS, offsets("struct clone_args", "flags", "child_tid", "exit_signal", "set_tid", "set_tid_size")
+        HEADERS, offsets("struct clone_args", "flags", "exit_signal", "set_tid", "set_tid_size")
     )
-    packed = clone.clone_args(1, 2, child_tid=3, exit_signal=4)
+    packed = clone.clone_args(1, 2, exit_signal=4)
     assert len(packed) == clone.CLONE_ARGS_SIZE == kernel["size"]
-    values = {"flags": 1, "set_tid": 2, "child_tid": 3, "exit_signal": 4, "set_tid_size": 1}
+    values = {"flags": 1, "set_tid": 2, "exit_signal": 4, "set_tid_size": 1}
     words = [0] * 11
     for name, value in values.items():
         words[kernel[name] // 8] = value

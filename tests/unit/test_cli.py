@@ -11,13 +11,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.server.places import SOCKET_VARIABLE, STATE_VARIABLE
 from migrate.cli import cli
 from migrate.errors import MEANING, ExitCode
 
@@ -31,6 +33,24 @@ def command(*arguments: str, scenario: str | None = None) -> list[str]:
         [] if scenario is None else ["--agent-command", shlex.join([sys.executable, str(STAND_IN), scenario])]
     )
     return [sys.executable, "-m", "migrate.cli", *arguments, *agent]
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A socket and records of a test's own; the service that it started has ended when it is over."""
+    with tempfile.TemporaryDirectory(prefix="agent-") as made:
+        socket = Path(made, "agent.sock")
+        monkeypatch.setenv(SOCKET_VARIABLE, str(socket))
+        monkeypatch.setenv(STATE_VARIABLE, made)
+        yield Path(made)
+        until(lambda: not socket.with_name("agent.sock.lock").exists())
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def run(*arguments: str, scenario: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -239,7 +259,7 @@ def test_ctrl_c_gives_up_cleanly() -> None:
         out, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == ExitCode.ROLLED_BACK
     report = json.loads(out)
-    assert (report["outcome"], report["error"]["message"]) == ("rolled-back", "as asked")
+    assert (report["outcome"], report["error"]["message"]) == ("rolled-back", "aborted by request")
     assert "giving up" in err
 
 
@@ -270,6 +290,74 @@ def wait_for_line(process: subprocess.Popen[str], words: str) -> None:
         if words in line:
             return
     raise AssertionError(f"{words!r} was never said")
+
+
+def test_progress_as_json_is_an_event_a_line() -> None:
+    done = run("move", "1", "beta", "--log-format", "json", "-v", scenario="noise")
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines] == ["log", "state"]
+    assert all(time.strptime(line["time"][:19], "%Y-%m-%dT%H:%M:%S") for line in lines)
+
+
+def test_a_detached_move_has_a_name_by_which_it_is_found() -> None:
+    done = run("move", "1", "beta", "--detach", scenario="waits")
+    id, _, hint = done.stdout.partition(": ")
+    assert done.returncode == 0 and f"migrate attach {id}" in hint
+    record = only_json(run("status", id, "--json", scenario="waits"))
+    assert record["request"]["on_disconnect"] == "continue" and record["status"] == "running"
+    assert "it goes on" in run("status", id, scenario="waits").stdout
+    unfinished = run("report", id, "--json", scenario="waits")
+    assert unfinished.returncode == ExitCode.REFUSED and only_json(unfinished)["error"]["kind"] == "not-finished"
+    assert only_json(run("abort", id, "--json", scenario="waits"))["id"] == id
+    attached = run("attach", id.lower(), "--json", scenario="waits")
+    assert attached.returncode == ExitCode.ROLLED_BACK and only_json(attached)["error"]["message"] == "aborted by request"
+    again = run("abort", id, "--json", scenario="waits")
+    assert again.returncode == ExitCode.REFUSED and only_json(again)["error"]["kind"] == "conflict"
+
+
+def test_watching_can_be_left() -> None:
+    id = run("move", "1", "beta", "--detach", scenario="waits").stdout.partition(":")[0]
+    with subprocess.Popen(
+        command("attach", id, "--json", scenario="waits"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        wait_for_line(process, "pre-copy")
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == ExitCode.REFUSED and "it goes on" in json.loads(out)["error"]["message"]
+    assert only_json(run("status", id, "--json", scenario="waits"))["status"] == "running"
+    run("abort", id, scenario="waits")
+
+
+def test_reports_are_kept_and_drawn(tmp_path: Path) -> None:
+    run("move", "1", "beta", scenario="rolled-back")
+    run("move", "2", "beta", scenario="migrated")
+    listed = only_json(run("status", "--json", scenario="migrated"))["migrations"]
+    assert [each["request"]["pid"] for each in listed] == [2, 1]
+    table = run("status", scenario="migrated").stdout
+    assert "rolled-back" in table and listed[0]["id"] in table
+    old = run("report", listed[1]["id"], "--json", scenario="migrated")
+    assert old.returncode == ExitCode.ROLLED_BACK and only_json(old) == listed[1]["report"]
+    svg, html = tmp_path / "a.svg", tmp_path / "a.html"
+    drawn = run("report", listed[0]["id"], "--svg", str(svg), "--html", str(html), scenario="migrated")
+    assert drawn.returncode == 0 and "migrated   alpha:1 -> beta:2" in drawn.stdout
+    assert "<svg" in svg.read_text() and html.read_text().startswith("<!DOCTYPE html>")
+    nowhere = run("report", listed[0]["id"], "--svg", "/nonexistent/a.svg", scenario="migrated")
+    assert nowhere.returncode == ExitCode.USAGE and "/nonexistent/a.svg" in nowhere.stderr
+
+
+@pytest.mark.parametrize("words", [("report",), ("abort",), ("attach", "alpha"), ("status", "a", "b")])
+def test_a_migration_is_named(words: tuple[str, ...]) -> None:
+    assert run(*words).returncode == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(("scenario", "words"), [("another-version", "protocol 99"), ("older", "an older version")])
+def test_an_agent_of_another_version_is_refused(scenario: str, words: str) -> None:
+    for arguments in (("move", "1", "beta"), ("check", "1", "beta"), ("ps",), ("status",)):
+        done = run(*arguments, "--json", scenario=scenario)
+        assert done.returncode == ExitCode.REFUSED
+        error = only_json(done)["error"]
+        assert error["kind"] == "version" and words in error["message"]
 
 
 def test_help_names_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from agent.api import (
     Request,
     StateChanged,
 )
+from agent.dirty_tracking import mechanism
 from agent.kernel import procfs
 from agent.kernel.memory import RemoteMemory
 
@@ -285,7 +286,7 @@ def test_check_touches_nothing(ticker: Ticker) -> None:
     assert move.checked is not None and move.report is None
     assert move.checked.blockers == ()
     assert move.checked.memory_bytes > 8 * MIB
-    assert (move.checked.threads, move.checked.dirty_tracking) == (1, "userfaultfd")
+    assert (move.checked.threads, move.checked.dirty_tracking) == (1, str(mechanism()))
     ticker.assert_untouched()
 
 
@@ -389,7 +390,7 @@ def test_the_destination_fails_in_the_freeze(ticker: Ticker) -> None:
         def fail(*_: object) -> None:
             raise ValueError("something is wrong here")
 
-        setattr(finishing, "rebuild", fail)  # noqa: B010
+        setattr(finishing.Finish, "begin", fail)  # noqa: B010
 
     move = Move(ticker, MoveOptions(), prepare=prepare)
     assert "something is wrong here" in move.rolled_back("valueerror", "destination")
@@ -398,7 +399,7 @@ def test_the_destination_fails_in_the_freeze(ticker: Ticker) -> None:
 
 def test_the_destination_does_not_answer_in_the_freeze(ticker: Ticker) -> None:
     def prepare() -> None:
-        setattr(finishing, "rebuild", lambda *_: select.select([], [], [], 600))  # noqa: B010
+        setattr(finishing.Finish, "end", lambda *_: select.select([], [], [], 600))  # noqa: B010
 
     def kill(move: Move, state: str) -> None:
         if state == "rolled-back":

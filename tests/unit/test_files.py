@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import msgspec
 import pytest
-from unit.children import compiled
+from elftools.elf.elffile import ELFFile
+from hypothesis import given
+from hypothesis import strategies as st
+from unit.children import compiled, forked
 
+from agent.kernel import elf, procfs, ptrace
 from agent.resources import files
 from agent.resources.files import FileRef, IncomingFile
+from agent.resources.mappings import FileTable
+from agent.unmovable import Unmovable
 
 
 @pytest.fixture
@@ -92,6 +99,69 @@ def test_programs_are_told_apart_by_their_build_ids(tmp_path: Path) -> None:
     path.write_bytes(other.read_bytes().ljust(described.size, b"\0")[: described.size])
     assert why(described) == ("file-differs", f"build id {ids[0]} here, {ids[1]} there")
     assert files.build_id("/proc/self/status") == "" == files.build_id("/does/not/exist")
+
+
+def test_build_ids_are_what_pyelftools_says(tmp_path: Path) -> None:
+    def by_pyelftools(path: str) -> str:
+        with open(path, "rb") as file:
+            section = ELFFile(file).get_section_by_name(".note.gnu.build-id")
+            return next((str(n["n_desc"]) for n in section.iter_notes()), "") if section else ""
+
+    found = {m.name for m in procfs.maps(os.getpid()) if m.name.startswith("/") and m.protection & procfs.PROT_EXEC}
+    assert len(found) > 5 and any(files.build_id(path) for path in found)
+    for path in found:
+        assert files.build_id(path) == by_pyelftools(path), path
+
+
+@given(st.data())
+def test_any_garbage_has_no_build_id_or_some(data: st.DataObject) -> None:
+    """A damaged program: nothing but an answer."""
+    content = bytearray(Path(compiled("int main(void) { return 3; }", "-Wl,--build-id")).read_bytes()[:4096])
+    for _ in range(data.draw(st.integers(1, 20))):
+        content[data.draw(st.integers(0, 1000))] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryFile() as file:
+        file.write(content[: data.draw(st.integers(0, len(content)))])
+        file.flush()
+        assert isinstance(elf.build_id(file.fileno()), str)
+
+
+def test_in_a_hurry_the_build_id_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "int main(void) { return %d; }"
+    one, other = (compiled(source % n, "-Wl,--build-id") for n in (1, 2))
+    path = tmp_path / "program"
+    path.write_bytes(one.read_bytes())
+    described = files.describe(str(path), str(path), hurried=True)
+    assert (described.digest, described.build_id) == (b"", files.build_id(str(one)))
+    assert files.compare(described, False) is None
+    path.write_bytes(other.read_bytes().ljust(described.size, b"\0")[: described.size])
+    assert "build id" in why(described)[1]
+    data = tmp_path / "data"
+    data.write_bytes(b"small")
+    assert len(files.describe(str(data), str(data), hurried=True).digest) == 32
+    monkeypatch.setattr(files, "HURRIED_SIZE", 4)
+    with pytest.raises(Unmovable, match=f"{data} \\(5 bytes\\) was mapped too late") as refused:
+        files.describe(str(data), str(data), hurried=True)
+    assert refused.value.kind == "file-new"
+
+
+def test_a_file_is_described_in_a_hurry_while_its_process_is_stopped() -> None:
+    with forked(lambda: None) as pid:
+        line = next(m for m in procfs.maps(pid) if files.build_id(m.name))
+        table = FileTable(pid)
+        assert table.refs[table.number(line)].digest
+        ptrace.seize(pid)
+        ptrace.interrupt(pid)
+        ptrace.wait(pid)
+        table = FileTable(pid)
+        found = table.refs[table.number(line)]
+        assert (found.digest, found.build_id) == (b"", files.build_id(line.name))
+
+
+def test_the_very_same_file_is_not_read_again(file: FileRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "digest", lambda _: b"another")
+    assert files.compare(file, False) is None
+    for changed in (msgspec.structs.replace(file, stamp=(7, 1, 1)), msgspec.structs.replace(file, identity=(1, 1))):
+        assert why(changed) == ("file-differs", "same size, other content")
 
 
 def test_an_open_file_of_a_shared_file_system_may_differ_by_now(file: FileRef) -> None:

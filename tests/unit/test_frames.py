@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 from collections.abc import Callable
@@ -158,6 +159,31 @@ def test_compressible_data_is_compressed_and_other_data_is_not() -> None:
     kinds = [encoder.encode(lively)[0], *(encoder.encode(dull)[0] for _ in range(PROBE_EVERY + 1))]
     assert kinds == [Kind.PAGES_RAW] * PROBE_EVERY + [Kind.PAGES_ZSTD] * 2
     assert Encoder("none", -3).encode(dull)[0] is Kind.PAGES_RAW
+
+
+@pytest.mark.parametrize(("seconds_per_byte", "worth_it"), [(1e-6, True), (1e-12, False)])
+def test_compression_must_pay_in_time(seconds_per_byte: float, worth_it: bool) -> None:
+    """The time it takes (here a millisecond a chunk) against what the link takes for the bytes saved."""
+    ticks = itertools.count()
+    encoder = Encoder("zstd", -3, clock=lambda: next(ticks) / 1000)
+    for _ in range(50):
+        encoder.observe(1 << 20, (1 << 20) * seconds_per_byte)
+    half = memoryview(bytes(100_000) + os.urandom(100_000))
+    kinds = [encoder.encode(half)[0] for _ in range(PROBE_EVERY)]
+    assert kinds == [Kind.PAGES_ZSTD] + [Kind.PAGES_ZSTD if worth_it else Kind.PAGES_RAW] * (PROBE_EVERY - 1)
+
+
+def test_a_limit_on_the_bandwidth_is_the_speed_of_the_link() -> None:
+    encoder = Encoder("zstd", -3, bandwidth=1000)
+    encoder.observe(1 << 20, 1e-3)
+    assert encoder.seconds_per_byte == 1 / 1000
+
+
+def test_a_few_bytes_tell_nothing_of_the_link() -> None:
+    encoder = Encoder("zstd", -3)
+    before = encoder.seconds_per_byte
+    encoder.observe(1000, 1.0)
+    assert encoder.seconds_per_byte == before
 
 
 @given(st.binary(max_size=300), st.integers(0, 5000))

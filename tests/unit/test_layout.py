@@ -1,4 +1,4 @@
-"""Layouts: what `difference` says to do, done to a model of an address space, gives the new layout and loses nothing.
+"""Layouts: what `difference` says to do turns a model of an address space into another, losing nothing.
 
 The model is a page table of a few pages: what each page is, and a token for its content.
 """
@@ -83,7 +83,7 @@ class AddressSpace:
 
 
 def same(was: Page, now: Page) -> bool:
-    """Whether the one page may become the other: the same thing, and no advice lost that no call takes back."""
+    """Whether the one page may become the other: the same, and no advice lost that no call takes back."""
 
     def thing(page: Page) -> tuple[int, int, int]:
         _, flags, file, offset = page

@@ -76,7 +76,8 @@ def test_parse_refuses_other_protocols_and_knows_fragments() -> None:
         packet.parse(bytes(whole))
 
 
-nearly_ip = st.tuples(st.sampled_from([b"\x45", b"\x46", b"\x60", b"\x4f"]), st.binary(max_size=80)).map(b"".join)
+first_bytes = st.sampled_from([b"\x45", b"\x46", b"\x60", b"\x4f"])
+nearly_ip = st.tuples(first_bytes, st.binary(max_size=80)).map(b"".join)
 
 
 @given(st.binary(max_size=80) | nearly_ip)

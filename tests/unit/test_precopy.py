@@ -47,7 +47,7 @@ def test_an_idle_process_is_frozen_after_one_round() -> None:
 def test_rounds_go_on_while_each_is_clearly_shorter() -> None:
     decisions = simulate(262_144, 0.4 * RATE / PAGE)
     assert decisions[-1] is Decision.FREEZE
-    # 0.4^n of the memory is left after n rounds: down to where no round is worth it, long after it was short enough
+    # 0.4^n of the memory is left after n rounds: on to where no round is worth it, far beyond short enough
     assert len(decisions) >= 6
 
 

@@ -12,7 +12,7 @@ import pytest
 from programs.status import build, wait_for_status
 
 PROGRAMS = build()
-KINDS = subprocess.run([PROGRAMS / "selfcheck", "--list-breaks"], capture_output=True, text=True, check=True).stdout.split()
+KINDS = subprocess.check_output([PROGRAMS / "selfcheck", "--list-breaks"], text=True).split()
 # A pause that a busy machine may make of its own; more would only make the tests longer.
 MAX_GAP = "1.0"
 

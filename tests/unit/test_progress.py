@@ -15,7 +15,9 @@ ROUND = RoundFinished(
     remaining_pages=17,
     estimated_pause_ms=21.5,
 )
-PROGRESS = Progress(round=3, pages_done=1000, pages_total=5000, bytes_sent=1 << 20, rate=1 << 20, estimated_pause_ms=33.0)
+PROGRESS = Progress(
+    round=3, pages_done=1000, pages_total=5000, bytes_sent=1 << 20, rate=1 << 20, estimated_pause_ms=33.0
+)
 EVENTS: tuple[Event, ...] = (
     StateChanged(state="pre-copy"),
     PROGRESS,
@@ -74,9 +76,15 @@ def test_a_long_round_shows_life_now_and_then(monkeypatch: pytest.MonkeyPatch) -
     assert stream.getvalue().splitlines() == [expected] * 4
 
 
+def terminal(stream: io.StringIO) -> Console:
+    return Console(
+        file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False
+    )
+
+
 def live() -> str:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False)
+    console = terminal(stream)
     line = LiveLine(console, threshold(0, False))
     for event in EVENTS:
         line.show(event)
@@ -107,7 +115,7 @@ def test_the_live_line_gives_the_cursor_back() -> None:
 
 def test_messages_from_elsewhere_cannot_command_the_terminal() -> None:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False)
+    console = terminal(stream)
     line = LiveLine(console, threshold(0, False))
     line.show(Log(level="error", message="\x1b]0;owned\x07[red]x[/red]"))
     line.show(StateChanged(state="copying", detail="\x1b]0;owned\x07[red]x[/red]"))

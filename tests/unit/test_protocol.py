@@ -1,4 +1,4 @@
-"""Link over a socketpair: whole, byte by byte, truncated, trailing, damaged. Only its two errors ever come out."""
+"""Link over a socketpair: whole, byte by byte, truncated, trailing, damaged. Only its two errors come out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent import protocol
@@ -49,6 +49,7 @@ MESSAGES: list[Message] = [
         blockers=(Blocker(kind="k", what="w", why="y"),),
         notices=(Notice(kind="n", message="m"),),
         missing=("/x",),
+        unshared=("/x", "/y"),
     ),
     protocol.FileData(path="/x", data=bytes(range(256)), last=True),
     protocol.Ping(),
@@ -65,9 +66,10 @@ MESSAGES: list[Message] = [
     protocol.Ready(phases=(Phase(name="p", ms=1.5, where="destination"),), notices=()),
     protocol.Verify(pieces=[(BASE, BASE + PAGE, b"x" * 16)], masked=[(BASE + 1, BASE + 5)], last=True),
     protocol.Verified(memory=[(BASE, BASE + PAGE)], others=("mapping",)),
-    protocol.Commit(),
+    protocol.Commit([(0, bytes(128)), (7, b"\n" * 128)]),
     protocol.Live(phases=(), address_moved=("10.0.0.1",)),
-    protocol.Packets([b"\x45", b""], last=False),
+    protocol.Late([b"\x45", b""], [(0, bytes(128))], last=False),
+    protocol.Complete(),
     protocol.Done(notices=()),
     protocol.Failed("kind", "message"),
 ]
@@ -126,7 +128,7 @@ def name(message: Message) -> str:
 
 def test_every_kind_of_message_is_in_this_test_or_needs_a_process() -> None:
     kinds = set(typing.get_args(Message))
-    assert kinds - {type(m) for m in MESSAGES} == {protocol.NewFiles, protocol.Rebuild}
+    assert kinds - {type(m) for m in MESSAGES} == {protocol.NewFiles, protocol.Rebuild, protocol.Threads}
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=name)
@@ -171,16 +173,16 @@ def test_truncated(message: Message) -> None:
 
 
 def test_trailing_bytes_belong_to_the_next_frame(ends: Ends) -> None:
-    first, second = encoded(protocol.Pong(1, 2)), encoded(protocol.Commit())
+    first, second = encoded(protocol.Pong(1, 2)), encoded(protocol.Commit([]))
     ends.raw.sendall(first + second + b"garbage that is no frame")
     assert ends.link.receive() == protocol.Pong(1, 2)
-    assert ends.link.receive() == protocol.Commit()
+    assert ends.link.receive() == protocol.Commit([])
     with pytest.raises(ProtocolError):
         ends.link.receive()
 
 
 def test_trailing_bytes_inside_a_frame_are_no_message(ends: Ends) -> None:
-    body = msgspec.msgpack.encode(protocol.Commit()) + b"\0"
+    body = msgspec.msgpack.encode(protocol.Commit([])) + b"\0"
     ends.raw.sendall(frames.encode(Kind.MESSAGE, body))
     with pytest.raises(ProtocolError):
         ends.link.receive()
@@ -222,14 +224,14 @@ STREAM = b"".join(
         encoded(protocol.Pong(1, 2)),
         pages_frame(b"ab" * PAGE, [(BASE, BASE + 2 * PAGE)]),
         encoded(MESSAGES[5]),
-        encoded(protocol.Answer(host="beta", blockers=(), notices=(), missing=("/x",))),
+        encoded(protocol.Answer(host="beta", blockers=(), notices=(), missing=("/x",), unshared=())),
         encoded(protocol.Failed("kind", "message")),
     ]
 )
 
 
 def receive_all(data: bytes) -> int:
-    """Feed a link until it ends; how many frames it understood. Anything but its two errors is let through."""
+    """Feed a link until it ends; how many frames it understood. All but its two errors is let through."""
     ends = Ends()
     count = 0
     try:
@@ -249,7 +251,6 @@ def test_the_stream_is_sound() -> None:
 
 
 @given(st.integers(0, len(STREAM) - 1), st.integers(1, 255))
-@settings(deadline=None)
 def test_one_byte_changed(at: int, change: int) -> None:
     data = bytearray(STREAM)
     data[at] ^= change
@@ -257,7 +258,6 @@ def test_one_byte_changed(at: int, change: int) -> None:
 
 
 @given(st.binary(max_size=400))
-@settings(deadline=None)
 def test_anything(data: bytes) -> None:
     receive_all(data)
 
@@ -275,7 +275,6 @@ FIELDS = st.sampled_from(sorted({f for m in typing.get_args(Message) for f in m.
 
 
 @given(st.dictionaries(FIELDS, TREES), st.sampled_from(TAGS))
-@settings(deadline=None)
 def test_messages_with_any_fields(fields: dict[str, object], tag: str) -> None:
     """A right checksum around wrong content."""
     receive_all(frames.encode(Kind.MESSAGE, msgspec.msgpack.encode({"type": tag, **fields})))
@@ -286,7 +285,6 @@ def test_messages_with_any_fields(fields: dict[str, object], tag: str) -> None:
 @example(b"\x91" * 60, Kind.MESSAGE, 0)
 @example(b"\xdd\xff\xff\xff\xff", Kind.MESSAGE, 0)  # an array of four billion
 @example(b"\xc6\xff\xff\xff\xff", Kind.MESSAGE, 0)
-@settings(deadline=None)
 def test_any_body(body: bytes, kind: Kind, raw_size: int) -> None:
     receive_all(frames.encode(kind, body, raw_size))
 
@@ -312,9 +310,9 @@ def test_an_oversize_frame_is_refused_by_its_header(ends: Ends) -> None:
 
 def test_expect(ends: Ends) -> None:
     ends.raw.sendall(
-        encoded(protocol.Commit()) + encoded(protocol.Ping()) + encoded(protocol.Failed("why", "because"))
+        encoded(protocol.Commit([])) + encoded(protocol.Ping()) + encoded(protocol.Failed("why", "because"))
     )
-    assert ends.link.expect(protocol.Commit) == protocol.Commit()
+    assert ends.link.expect(protocol.Commit) == protocol.Commit([])
     with pytest.raises(ProtocolError, match="Ping where Commit was due"):
         ends.link.expect(protocol.Commit)
     with pytest.raises(PeerFailed, match="because") as failed:

@@ -64,17 +64,23 @@ class Session:
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout)
 
-    def run_while(self, act: Callable[[Link], object]) -> tuple[int, dict[str, Any]]:
-        """The result of `run`, with `act` done once all clients are connected and at work."""
+    def run_while(self, act: Callable[[Link], object], stopped: bool = True) -> tuple[int, dict[str, Any]]:
+        """The result of `run`, with `act` done once all clients are connected and at work.
+
+        Then it is stopped; or not: it ends by itself when a client notices something.
+        """
         ready, stop = self.directory / "ready", self.directory / "stop"
         result: list[tuple[int, dict[str, Any]]] = []
         options = ("--until-file", str(stop), "--ready-file", str(ready), "--rate", "5")
         thread = threading.Thread(target=lambda: result.append(self("run", *options)))
         thread.start()
         deadline = time.monotonic() + 20
-        while not ready.exists() and time.monotonic() < deadline:
+        while not ready.exists():
+            assert time.monotonic() < deadline, "the clients do not connect"
             time.sleep(0.01)
         act(connected(self.port))
+        if not stopped:
+            thread.join(20)
         stop.touch()
         thread.join(60)
         return result[0]
@@ -103,7 +109,7 @@ def test_all_well(session: Session) -> None:
 def test_a_stall_is_measured(session: Session) -> None:
     code, result = session.run_while(lambda link: link.ask([encode(b"DEBUG", b"SLEEP", b"0.4")]))
     assert code == 0
-    assert 390 < result["longest_stall"]["ms"] < 5000
+    assert 390 < result["longest_stall"]["ms"] < 60_000
     assert abs(time.time() - result["longest_stall"]["at"]) < 60
 
 
@@ -116,11 +122,7 @@ def test_a_stall_is_measured(session: Session) -> None:
     ],
 )
 def test_run_notices(session: Session, damage: tuple[bytes, ...], complaint: str) -> None:
-    def act(link: Link) -> None:
-        link.ask([encode(*damage)])
-        time.sleep(1)  # the clients are at work meanwhile; stopping at once could leave nothing to notice
-
-    code, result = session.run_while(act)
+    code, result = session.run_while(lambda link: link.ask([encode(*damage)]), stopped=False)
     assert code == 1
     assert complaint in result["failures"][0]
 

@@ -1,4 +1,4 @@
-"""PageSender on this very process's memory: what goes on the link is what is there, and no zero page that need not be."""
+"""PageSender on this very process's memory: what is there goes on the link, no needless zero page."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.bytes_sent = 0
+        self.sending_s = 0.0
         self.pages: dict[int, bytes] = {}
         self._decoder = Decoder()
 

@@ -1,4 +1,4 @@
-"""A process made to measure: number, clocks, session, mappings, descriptors, threads; and no trace when destroyed."""
+"""A process made to measure: number, clocks, session, mappings, descriptors, threads; no trace after."""
 
 from __future__ import annotations
 
@@ -225,39 +225,27 @@ def numbers(target: Shadow) -> set[int]:
 def test_threads_have_the_wanted_numbers() -> None:
     with shadow(taken()) as target:
         own = call(target, NR_GETPID)
-        target.make_threads([(own, 0), (70, 0), (own + 5, 0), (12, 0)])
+        target.make_threads([own, 70, own + 5, 12])
         assert numbers(target) == {own, 70, own + 5, 12} == set(target.threads)
         for tid, seen_as in target.threads.items():
             assert call(target, NR_GETTID, tid=seen_as) == tid
-        target.make_threads([(own, 0), (12, 0), (71, 0)])
+        target.make_threads([own, 12, 71])
         assert numbers(target) == {own, 12, 71} == set(target.threads)
-        target.make_threads([(own, 0)])
+        target.make_threads([own])
         assert numbers(target) == {own}
 
 
 def test_hundreds_of_threads() -> None:
     with shadow(taken()) as target:
         own = call(target, NR_GETPID)
-        wanted = [(own, 0), *((10_000 + 3 * n, 0) for n in range(300))]
+        wanted = [own, *(10_000 + 3 * n for n in range(300))]
         target.make_threads(wanted)
-        assert numbers(target) == {tid for tid, _ in wanted}
-
-
-def test_a_thread_that_ends_clears_nothing() -> None:
-    """Its clear_child_tid is the process's own memory by then."""
-    layout = [Mapping(BASE, BASE + PAGE, 3)]
-    with shadow(taken(), planned=layout) as target:
-        own = call(target, NR_GETPID)
-        target.follow(layout, no_files)
-        target.make_threads([(own, 0), (70, BASE + 8)])
-        target.write_pages([(BASE, BASE + PAGE)], b"\x11" * PAGE)
-        target.make_threads([(own, 0)])
-        assert target.memory.read(BASE, 16) == b"\x11" * 16
+        assert numbers(target) == set(wanted)
 
 
 def test_a_number_that_cannot_be_had_is_said() -> None:
     with shadow() as target, pytest.raises(InjectedCallFailed, match=f"clone3 {taken()}"):
-        target.make_threads([(target.pid, 0), (taken(), 0)])
+        target.make_threads([target.pid, taken()])
 
 
 # --- mappings and pages ---

@@ -1,4 +1,4 @@
-"""Names of hosts and processes: what is accepted comes back as it was written, the rest is refused with a reason."""
+"""Names of hosts and processes: what is accepted comes back as written, the rest is refused with a reason."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.resources import timerfd
-from agent.resources.timers import _later
+from agent.resources.timers import later
 
 SECOND = 1_000_000_000
 PAIR = struct.Struct("<4q")
@@ -31,15 +31,41 @@ def unpack(setting: bytes, unit: int) -> tuple[int, int]:
 def test_an_armed_timer_runs_out_when_it_would_have(
     interval: int, value: int, elapsed: int, unit: int
 ) -> None:
+    """At value, value + interval, value + 2 * interval ...: the next of these times after the pause."""
     interval, value = interval // unit * unit, max(unit, value // unit * unit)
-    found_interval, found = unpack(_later(pack(interval, value, unit), elapsed, unit), unit)
+    setting, missed = later(pack(interval, value, unit), elapsed, unit)
+    found_interval, found = unpack(setting, unit)
     assert found_interval == interval
     assert found > 0, "the time 0 disarms a timer"
-    if elapsed < value:
-        # never later than it would have, and early by less than a unit, unless a unit is all that is left
-        assert found <= max(unit, value - elapsed) < found + unit
+    if interval:
+        left, passed = simulate_fast(value, interval, elapsed)
+        assert missed == passed
+        assert found <= max(unit, left) < found + unit  # early by less than a unit, unless a unit is all that is left
+    elif elapsed < value:
+        assert missed == 0 and found <= max(unit, value - elapsed) < found + unit
     else:
-        assert found == unit
+        assert (missed, found) == (0, unit)  # it runs out at once, by itself
+
+
+def simulate_fast(value: int, interval: int, elapsed: int) -> tuple[int, int]:
+    """(until the next expiration, expirations): those are at value + n * interval."""
+    if elapsed < value:
+        return value - elapsed, 0
+    passed = (elapsed - value) // interval + 1
+    return value + passed * interval - elapsed, passed
+
+
+@given(st.integers(1, 1000), st.integers(1, 50), st.integers(0, 5000))
+def test_the_formula(value: int, interval: int, elapsed: int) -> None:
+    assert simulate_fast(value, interval, elapsed) == simulate(value, interval, elapsed)
+
+
+@given(TIMES, TIMES, TIMES, TIMES)
+def test_two_pauses_are_like_one_as_long(interval: int, value: int, first: int, second: int) -> None:
+    interval, value = max(1, interval), max(1, value)
+    middle, early = later(pack(interval, value, 1), first, 1)
+    end, late = later(middle, second, 1)
+    assert (end, early + late) == later(pack(interval, value, 1), first + second, 1)
 
 
 @given(TIMES, TIMES, UNITS)
@@ -47,7 +73,7 @@ def test_one_that_ran_out_and_waits_for_its_signal_starts_its_interval(
     interval: int, elapsed: int, unit: int
 ) -> None:
     interval = max(unit, interval // unit * unit)
-    assert _later(pack(interval, 0, unit), elapsed, unit) == _later(
+    assert later(pack(interval, 0, unit), elapsed, unit) == later(
         pack(interval, interval, unit), elapsed, unit
     )
 

@@ -1,4 +1,4 @@
-"""Making a stopped task do syscalls: nothing of it shows afterwards, and our death at any moment only delays the task."""
+"""Making a stopped task do syscalls: nothing of it shows afterwards, and our death only delays the task."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from unit.children import Spinner, ended, puppet, spinner, wait_for
 
+from agent import scratch
 from agent import tracee as engine
 from agent.kernel import procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.memory import RemoteMemory
 from agent.resources import waits
 from agent.tracee import ENTRIES, SCRATCH_SIZE, InjectedCallFailed, Tracee, stop, wait_event_stop
+from agent.visit import Caller
 
 NR_GETPID, NR_GETCWD, NR_CLOSE = 39, 79, 3
 
@@ -32,9 +35,8 @@ class Stopped:
         self.pid = pid
         self.memory = RemoteMemory(pid)
         self.tracee = Tracee(pid, self.memory, fragile=True)
-        self.vdso = next(m for m in procfs.maps(pid) if m.name == "[vdso]")
-        code = self.memory.read(self.vdso.start, self.vdso.end - self.vdso.start)
-        self.syscall_at = self.vdso.start + (arch.find_syscall(code) or 0)
+        self.caller = Caller(pid, self.memory)
+        self.call = partial(self.caller.call, pid)
         ptrace.seize(pid)
         self.stop()
 
@@ -45,7 +47,12 @@ class Stopped:
         ptrace.cont(self.pid)
 
     def map(self) -> None:
-        self.tracee.map_scratch(self.pid, self.syscall_at)
+        scratch.install(self.tracee, self.call, scratch.choose(procfs.maps(self.pid)))
+        self.caller.sweep()
+
+    def unmap(self) -> None:
+        assert scratch.remove(self.pid, self.memory, self.call)
+        self.caller.sweep()
 
     def picture(self) -> tuple[arch.Registers, bytes, int]:
         """All that must not change."""
@@ -105,7 +112,7 @@ def test_batches_leave_no_trace(state: Callable[[Stopped], bool]) -> None:
                 task.go_on()
                 target.progress(1)
                 task.stop()
-            task.tracee.unmap_scratch(task.pid, task.syscall_at)
+            task.unmap()
         assert target.progress() == 0
 
 
@@ -175,9 +182,9 @@ def test_a_failing_single_call_leaves_no_trace() -> None:
     with spinner() as target, stopped(target.pid) as task:
         before = task.picture()
         with pytest.raises(InjectedCallFailed, match="close it"):
-            task.tracee.single_syscall(target.pid, task.syscall_at, "close it", NR_CLOSE, 777)
+            task.call("close it", NR_CLOSE, 777)
         assert task.picture() == before
-        assert task.tracee.single_syscall(target.pid, task.syscall_at, "pid", NR_GETPID) == target.pid
+        assert task.call("pid", NR_GETPID) == target.pid
         assert task.picture() == before
 
 
@@ -187,7 +194,7 @@ def test_the_scratch_comes_and_goes() -> None:
         task.map()
         there = [m for m in procfs.maps(target.pid) if m not in before]
         assert sum(m.end - m.start for m in there) >= SCRATCH_SIZE
-        task.tracee.unmap_scratch(target.pid, task.syscall_at)
+        task.unmap()
         assert procfs.maps(target.pid) == before
 
 
@@ -231,7 +238,7 @@ def die_after(count: int) -> None:
 
 
 def tracer(pid: int, state: Callable[[Stopped], bool], count: int) -> int:
-    """A process that dies after `count` operations of a batch on `pid`; its pid. It ends with 0 if it lives through."""
+    """A process that dies after `count` operations of a batch on `pid`; its pid. Status 0: it lived."""
     child = os.fork()
     if child:
         return child
@@ -260,7 +267,7 @@ def test_a_tracer_killed_in_the_middle_of_a_batch(state: Callable[[Stopped], boo
         assert os.WEXITSTATUS(statuses[-1]) == 0
         for target in targets:
             goes_on(target)
-        assert time.monotonic() - died < engine._PARK_SECONDS + 15
+        assert time.monotonic() - died < engine.PARK_SECONDS + 15
 
 
 def goes_on(target: Spinner) -> None:

@@ -165,3 +165,50 @@ def test_only_the_time_of_a_call_changes(left: int) -> None:
         wanted = [number, 1, 2, 3, 4, 5, 6]
         wanted[position] = milliseconds if number == arch.NR_poll else place
         assert list(call) == wanted
+
+
+# --- interrupted more than once ---
+
+RESTARTED = interrupted(arch.NR_restart_syscall)
+
+
+def after(first: Registers, asleep: Asleep | None, tid: int = 7) -> waits.History:
+    """What is known after one stop."""
+    history = waits.History()
+    history.note(tid, first, asleep)
+    return history
+
+
+def test_a_wait_that_goes_on_is_known_by_its_number_and_beginning() -> None:
+    history = after(interrupted(arch.NR_poll), Asleep(100.0, 5))
+    for switches in (7, 9, 11):
+        registers, asleep = history.recall(7, RESTARTED, Asleep(100.0 + switches, switches))
+        assert (registers.orig_rax, asleep) == (arch.NR_poll, Asleep(100.0, switches))
+        assert msgspec.structs.replace(registers, orig_rax=arch.NR_restart_syscall) == RESTARTED
+        history.note(7, RESTARTED, Asleep(100.0 + switches, switches))
+
+
+@pytest.mark.parametrize("switches", [5, 6, 8, 20])
+def test_a_wait_after_it_is_another_one(switches: int) -> None:
+    """It left its CPU more often than for our stop and the wait again (or less: the number is of another thread)."""
+    history = after(interrupted(arch.NR_poll), Asleep(100.0, 5))
+    now = Asleep(110.0, switches)
+    assert history.recall(7, RESTARTED, now) == (RESTARTED, now)
+
+
+def test_nothing_is_made_up() -> None:
+    poll, asleep = interrupted(arch.NR_poll), Asleep(100.0, 5)
+    now = Asleep(110.0, 7)
+    elsewhere = msgspec.structs.replace(RESTARTED, rip=0x2000)
+    running = Registers(orig_rax=arch.NR_poll, rax=0, rip=0x1000)
+    for history, registers, before in (
+        (waits.History(), RESTARTED, now),
+        (after(poll, None), RESTARTED, now),
+        (after(running, asleep), RESTARTED, now),
+        (after(RESTARTED, asleep), RESTARTED, now),
+        (after(poll, asleep, tid=8), RESTARTED, now),
+        (after(poll, asleep), elsewhere, now),
+        (after(poll, asleep), RESTARTED, None),
+        (after(poll, asleep), poll, now),
+    ):
+        assert history.recall(7, registers, before) == (registers, before)

@@ -42,7 +42,6 @@ def test_which_call_and_what_it_said() -> None:
     assert in_call(202, -516).result == -516
     assert in_call(0, 5).syscall == 0 and in_call(0, 5).result == 5
     assert Registers(orig_rax=OUTSIDE).syscall is None
-    assert arch.is_compat(Registers(cs=0x23)) and not arch.is_compat(Registers(cs=0x33))
 
 
 # --- what a stop does to a syscall ---
@@ -63,18 +62,6 @@ def test_hide_stop(number: int, result: int, pending: bool) -> None:
     registers = in_call(number, result)
     hidden = number in arch.EINTR_ON_STOP and result == -arch.EINTR and not pending
     assert arch.hide_stop(registers, pending) == (again(number) if hidden else registers)
-
-
-# signal(7): "interfaces ... that fail with the error EINTR when the process is stopped by a signal and then resumed"
-ON_STOP = {
-    *("epoll_wait", "epoll_pwait", "semop", "semtimedop", "rt_sigtimedwait", "io_getevents"),
-    *("epoll_pwait2", "recvfrom", "recvmsg", "accept", "accept4"),
-}
-
-
-def test_the_calls_that_a_stop_interrupts() -> None:
-    names = {getattr(arch, f"NR_{name}") for name in ON_STOP}
-    assert names | {0, 1} == arch.EINTR_ON_STOP
 
 
 @pytest.mark.parametrize(

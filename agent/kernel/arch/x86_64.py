@@ -7,7 +7,8 @@ ucontext}.h, arch/x86/entry/syscalls/syscall_64.tbl; the machine code is listed 
 from __future__ import annotations
 
 import struct
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -20,10 +21,8 @@ NR_mmap: Final = 9
 NR_mprotect: Final = 10
 NR_munmap: Final = 11
 NR_rt_sigaction: Final = 13
-NR_rt_sigprocmask: Final = 14
-NR_rt_sigreturn: Final = 15
-NR_ioctl: Final = 16
 NR_mremap: Final = 25
+NR_mincore: Final = 27
 NR_madvise: Final = 28
 NR_dup3: Final = 292
 NR_getitimer: Final = 36
@@ -31,8 +30,8 @@ NR_setitimer: Final = 38
 NR_close: Final = 3
 NR_recvmsg: Final = 47
 NR_exit: Final = 60
+NR_kill: Final = 62
 NR_fcntl: Final = 72
-NR_fchdir: Final = 81
 NR_umask: Final = 95
 NR_setgroups: Final = 116
 NR_setresuid: Final = 117
@@ -43,14 +42,15 @@ NR_capset: Final = 126
 NR_rt_sigqueueinfo: Final = 129
 NR_sigaltstack: Final = 131
 NR_personality: Final = 135
-NR_setpriority: Final = 141
 NR_mlock2: Final = 325
 NR_munlock: Final = 150
+NR_mlockall: Final = 151
 NR_prctl: Final = 157
 NR_futex: Final = 202
 NR_set_tid_address: Final = 218
 NR_restart_syscall: Final = 219
 NR_timer_create: Final = 222
+NR_tgkill: Final = 234
 NR_timer_settime: Final = 223
 NR_timer_gettime: Final = 224
 NR_timer_getoverrun: Final = 225
@@ -62,7 +62,6 @@ NR_ppoll: Final = 271
 NR_set_robust_list: Final = 273
 NR_epoll_pwait: Final = 281
 NR_rt_tgsigqueueinfo: Final = 297
-NR_prlimit64: Final = 302
 NR_userfaultfd: Final = 323
 NR_rseq: Final = 334
 NR_clone3: Final = 435
@@ -74,6 +73,19 @@ NR_semtimedop: Final = 220
 NR_semop: Final = 65
 NR_io_getevents: Final = 208
 NR_recvfrom: Final = 45
+NR_read: Final = 0
+NR_write: Final = 1
+NR_readv: Final = 19
+NR_writev: Final = 20
+NR_preadv2: Final = 327
+NR_pwritev2: Final = 328
+NR_recvmmsg: Final = 299
+NR_sendto: Final = 44
+NR_sendmsg: Final = 46
+NR_sendmmsg: Final = 307
+NR_connect: Final = 42
+NR_splice: Final = 275
+NR_sendfile: Final = 40
 NR_accept: Final = 43
 NR_accept4: Final = 288
 
@@ -84,9 +96,9 @@ ERESTARTNOINTR: Final = 513
 ERESTARTNOHAND: Final = 514
 ERESTART_RESTARTBLOCK: Final = 516
 
-# syscalls that answer a mere stop with EINTR (signal(7), "Interruption of system calls ... by stop signals"):
-# nothing was consumed, so running them again is what the program would have seen without the stop
-EINTR_ON_STOP: Final = frozenset(
+# Syscalls that answer a mere stop with EINTR (signal(7), "Interruption of system calls ... by stop signals"): nothing was
+# consumed, so running them again is what the program would have seen without the stop. Some do so always:
+_EINTR_ALWAYS: Final = frozenset(
     {
         NR_epoll_wait,
         NR_epoll_pwait,
@@ -95,14 +107,20 @@ EINTR_ON_STOP: Final = frozenset(
         NR_semop,
         NR_semtimedop,
         NR_io_getevents,
-        NR_recvfrom,
-        NR_recvmsg,
-        NR_accept,
-        NR_accept4,
-        0,  # read (inotify, timed receive)
-        1,  # write (timed send)
     }
 )
+# ... others on sockets with a time limit (SO_RCVTIMEO, SO_SNDTIMEO; sock_intr_errno), or on special descriptors
+_EINTR_IF_LIMITED: Final = frozenset(
+    {
+        *(NR_read, NR_readv, NR_preadv2, NR_recvfrom, NR_recvmsg, NR_recvmmsg, NR_accept, NR_accept4),
+        *(NR_write, NR_writev, NR_pwritev2, NR_sendto, NR_sendmsg, NR_sendmmsg, NR_connect),
+        *(NR_splice, NR_sendfile),
+    }
+)
+EINTR_ON_STOP: Final = _EINTR_ALWAYS | _EINTR_IF_LIMITED
+
+# calls that go on by a restart block, which rt_sigreturn forgets: they begin again with their full time
+_TIMED: Final = frozenset({NR_poll, NR_nanosleep, NR_clock_nanosleep, NR_futex, NR_restart_syscall})
 
 _REGISTERS: Final = struct.Struct("<27Q")
 _SYSCALL: Final = b"\x0f\x05"
@@ -141,7 +159,7 @@ class Registers(msgspec.Struct, array_like=True):
     gs: int = 0
 
     def pack(self) -> bytes:
-        return _REGISTERS.pack(*(getattr(self, name) for name in self.__struct_fields__))
+        return _REGISTERS.pack(*msgspec.structs.astuple(self))
 
     @classmethod
     def unpack(cls, data: bytes) -> Registers:
@@ -160,11 +178,6 @@ class Registers(msgspec.Struct, array_like=True):
 REGISTERS_SIZE: Final = _REGISTERS.size
 
 
-def is_compat(registers: Registers) -> bool:
-    """Whether the task runs 32-bit code (__USER32_CS)."""
-    return registers.cs == 0x23
-
-
 def outside_syscall(registers: Registers) -> Registers:
     """The same registers with "not in a syscall": resuming does not restart anything."""
     return msgspec.structs.replace(registers, orig_rax=_U64)
@@ -179,6 +192,16 @@ def hide_stop(registers: Registers, signal_pending: bool) -> Registers:
     if not interrupted or signal_pending:
         return registers
     return rerun(registers)
+
+
+def interruption_shows(number: int | None) -> int:
+    """What a program might notice if we stop it in syscall `number` (None: in none) and die at once.
+
+    0: nothing. 1: a wait that begins again, or EINTR if it has a time limit. 2: EINTR.
+    """
+    if number in _EINTR_ALWAYS:
+        return 2
+    return 1 if number in _EINTR_IF_LIMITED | _TIMED else 0
 
 
 def rerun(registers: Registers) -> Registers:
@@ -304,6 +327,61 @@ def find_syscall(code: bytes) -> int | None:
     return None if offset < 0 else offset
 
 
+# --- calls that return by themselves ----------------------------------------------------------------------------
+
+_CALL_AND_RETURN: Final = b"\x0f\x05\xc3"  # syscall; ret
+# what every libc (and Go) has as the return address of its signal handlers: mov eax, rt_sigreturn; syscall
+_RESTORERS: Final = (b"\x48\xc7\xc0\x0f\0\0\0\x0f\x05", b"\xb8\x0f\0\0\0\x0f\x05")
+
+
+class ReturnPath(NamedTuple):
+    """Instructions of a program by which a syscall returns through a signal frame, whoever is alive by then.
+
+    `call`: "syscall; ret"; `restorer`: what makes the syscall rt_sigreturn. Addresses.
+    """
+
+    call: int
+    restorer: int
+
+
+def find_return(texts: Iterable[tuple[int, bytes]]) -> ReturnPath | None:
+    """Look for a return path in pieces of executable text, (address, content); None if there is not all of it."""
+    call = restorer = 0
+    for address, text in texts:
+        found = [at for at in (text.find(code) for code in _RESTORERS) if at >= 0]
+        restorer = restorer or (address + found[0] if found else 0)
+        at = text.find(_CALL_AND_RETURN)
+        call = call or (address + at if at >= 0 else 0)
+        if call and restorer:
+            return ReturnPath(call, restorer)
+    return None
+
+
+def is_return_path(path: ReturnPath, at_call: bytes, at_restorer: bytes) -> bool:
+    """Whether these bytes, read at the two addresses, still are one."""
+    return at_call.startswith(_CALL_AND_RETURN) and at_restorer.startswith(_RESTORERS)
+
+
+RETURN_PATH_BYTES: Final = max(map(len, (_CALL_AND_RETURN, *_RESTORERS)))
+
+
+def returning_frame(path: ReturnPath, end: int, back: Registers, xstate: bytes, sigmask: int) -> tuple[int, bytes]:
+    """A signal frame that ends before `end` and leads to `back`: (its address, its content).
+
+    Its return address is the restorer: a `ret` with the stack pointer at the frame goes back, as after a handler.
+    """
+    address = (end - frame_size(xstate)) // 64 * 64
+    frame = sigreturn_frame(address, back, xstate, sigmask)
+    return address, struct.pack("<Q", path.restorer) + frame[8:]
+
+
+def returning_registers(
+    base: Registers, path: ReturnPath, frame: int, number: int, arguments: tuple[int, ...]
+) -> Registers:
+    """Registers that make one syscall and then return through `frame`."""
+    return msgspec.structs.replace(syscall_registers(base, path.call, number, arguments), rsp=frame)
+
+
 # --- rt_sigframe -------------------------------------------------------------------------------------------------
 
 _FP_XSTATE_MAGIC1: Final = 0x46505853
@@ -313,6 +391,14 @@ _UC_FP_XSTATE: Final = 1
 _UCONTEXT: Final = struct.Struct("<QQ" + "QiiQ" + "23Q" + "9Q" + "Q")
 
 
+_FP_OFFSET: Final = -(-(8 + _UCONTEXT.size + 128) // 64) * 64
+
+
+def frame_size(xstate: bytes) -> int:
+    """Bytes of a `sigreturn_frame`."""
+    return _FP_OFFSET + len(xstate) + 4
+
+
 def sigreturn_frame(address: int, registers: Registers, xstate: bytes, sigmask: int) -> bytes:
     """A `struct rt_sigframe` for `address` that returns to `registers`; the caller sets rsp to address + 8.
 
@@ -320,7 +406,6 @@ def sigreturn_frame(address: int, registers: Registers, xstate: bytes, sigmask: 
     Padding is ours. `address` must be 64-byte aligned.
     """
     r = registers
-    fp_offset = -(-(8 + _UCONTEXT.size + 128) // 64) * 64
     segments = (r.cs & 0xFFFF) | ((r.ss & 0xFFFF) << 48)
     gregs = (
         *(r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax),
@@ -328,8 +413,8 @@ def sigreturn_frame(address: int, registers: Registers, xstate: bytes, sigmask: 
     )
     flags = _UC_FP_XSTATE | 2 | 4  # UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
     # ss_flags 3 is no valid mode: the kernel then leaves the alternate stack as it is (restore_altstack)
-    context = _UCONTEXT.pack(flags, 0, 0, 3, 0, 0, *gregs, address + fp_offset, *(0,) * 8, sigmask)
-    return (bytes(8) + context).ljust(fp_offset, b"\0") + _signal_xstate(xstate)
+    context = _UCONTEXT.pack(flags, 0, 0, 3, 0, 0, *gregs, address + _FP_OFFSET, *(0,) * 8, sigmask)
+    return (bytes(8) + context).ljust(_FP_OFFSET, b"\0") + _signal_xstate(xstate)
 
 
 def _signal_xstate(xstate: bytes) -> bytes:

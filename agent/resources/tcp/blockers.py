@@ -15,7 +15,14 @@ from agent.kernel.sock_diag import SockDiag
 from agent.kernel.tcp_repair import TcpState, borrow
 from agent.resources.tcp import options
 from agent.resources.tcp.destination import discard, rebuild
-from agent.resources.tcp.state import MOVABLE_STATES, TcpListener, TcpSocketInfo, held_filter, inspect
+from agent.resources.tcp.state import (
+    MOVABLE_STATES,
+    TcpConnection,
+    TcpListener,
+    TcpSocketInfo,
+    held_filter,
+    inspect,
+)
 
 _TRANSIENT = "try again: this state passes by itself"
 _PLAIN_TCP = "let the program listen with plain TCP (Go: GODEBUG=multipathtcp=0)"
@@ -49,8 +56,6 @@ def _reasons(sock: socket.socket, info: TcpSocketInfo) -> Iterator[tuple[str, st
     yield from _option_reasons(sock)
     if info.peer is not None and info.state in MOVABLE_STATES:
         yield from _peer_reasons(info, info.peer.address)
-    if _has_md5(sock, info):
-        yield "tcp-md5", "its segments are signed (TCP_MD5SIG), and the kernel does not give the key away", ""
 
 
 def _state_reasons(info: TcpSocketInfo) -> Iterator[tuple[str, str, str]]:
@@ -114,17 +119,16 @@ def _peer_reasons(info: TcpSocketInfo, peer: str) -> Iterator[tuple[str, str, st
         yield "tcp-link-local", "its address belongs to one link and host", "connect by another address"
 
 
-def _has_md5(sock: socket.socket, info: TcpSocketInfo) -> bool:
+def signed_blockers(names: dict[int, str]) -> list[Blocker]:
+    """Which of a process's TCP sockets, by inode with their names, sign their segments. Asks the kernel once for all."""
     diag = SockDiag()
     try:
-        states = 1 << info.state
-        return any(
-            entry.md5 and entry.local[1] == info.local.port
-            for entry in diag.sockets(sock.family, socket.IPPROTO_TCP, states, details=True)
-            if info.peer is None or entry.peer[1] == info.peer.port
-        )
+        families = (socket.AF_INET, socket.AF_INET6) if names else ()
+        entries = [e for f in families for e in diag.sockets(f, socket.IPPROTO_TCP, details=True)]
     finally:
         diag.close()
+    why = "its segments are signed (TCP_MD5SIG), and the kernel does not give the key away"
+    return [_blocker("tcp-md5", names[e.inode], why) for e in entries if e.md5 and e.inode in names]
 
 
 # destination ------------------------------------------------------------------------------------------------
@@ -137,14 +141,24 @@ def can_listen(state: TcpListener) -> Blocker | None:
     except OSError as error:
         what = f"tcp {state.local}"
         if error.errno == errno.EADDRINUSE:
-            return _blocker("tcp-port-taken", what, "another socket of the destination has this port", "free it")
+            why = "another socket of the destination has this port"
+            return _blocker("tcp-port-taken", what, why, "free it")
         return _blocker("tcp-listener", what, f"the destination cannot listen there: {error.strerror}")
     discard(fd)
     return None
 
 
-def can_connect(info: TcpSocketInfo) -> Blocker | None:
-    """Whether this host has a route to the peer of a connection that would come here."""
-    if info.peer is None or addresses.route_to(info.peer.address) is not None:
-        return None
-    return _blocker("tcp-no-route", f"tcp {info.local} to {info.peer}", "the destination has no route to the peer")
+def can_connect(outline: TcpConnection) -> Blocker | None:
+    """Whether this host can have that connection, tried out: it is rebuilt for a moment, in silence."""
+    what = f"tcp {outline.local} to {outline.peer}"
+    try:
+        fd = rebuild(outline)
+    except OSError as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            return _blocker("tcp-no-route", what, "the destination has no route to the peer", "give it one")
+        if error.errno == errno.EADDRNOTAVAIL:
+            why = "the destination has a connection between the same two ends"
+            return _blocker("tcp-connection-taken", what, why, "let the one there end")
+        return _blocker("tcp-connection", what, f"the destination cannot have it: {error.strerror}")
+    discard(fd)
+    return None

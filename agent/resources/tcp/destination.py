@@ -151,10 +151,12 @@ def _agree(sock: socket.socket, state: TcpConnection) -> None:
 
 
 def _timestamp_now(state: TcpConnection, captured: int) -> int:
-    elapsed = (time.time() - state.captured_at) * 1000 + _TIMESTAMP_MARGIN_MS  # the hosts' clocks may differ: bounded
+    # the hosts' clocks may differ: bounded
+    elapsed = (time.time() - state.captured_at) * 1000 + _TIMESTAMP_MARGIN_MS
     margin = int(min(max(elapsed, _TIMESTAMP_MARGIN_MS), _TIMESTAMP_MARGIN_MAX_MS))
     value = captured + (margin * 1000 if state.timestamp_usec else margin)
-    return (value | 1 if state.timestamp_usec else value & ~1) & 0xFFFFFFFF  # since Linux 6.7: microseconds or not
+    # the lowest bit says whether they are microseconds (since Linux 6.7)
+    return (value | 1 if state.timestamp_usec else value & ~1) & 0xFFFFFFFF
 
 
 def _window(window: RepairWindow, receive_end: int) -> RepairWindow:

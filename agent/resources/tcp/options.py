@@ -161,7 +161,9 @@ def capture(sock: socket.socket, listener: bool) -> dict[str, bytes]:
     read = sock.getsockopt
     table = _present(_network_namespace(sock), sock.family, listener)
     return {
-        name: value for name, level, number, default in table if (value := read(level, number, len(default))) != default
+        name: value
+        for name, level, number, default in table
+        if (value := read(level, number, len(default))) != default
     }
 
 

@@ -31,6 +31,7 @@ from agent.resources.tcp.state import (
 # The send queue may begin with acknowledged bytes of a segment (at most 64 KiB) that is not wholly so.
 _HEAD_SLACK = 128 << 10
 _ATTEMPTS = 8
+_ANY_SEGMENT_SIZE = 1400
 
 
 def lock(fd: int) -> None:
@@ -56,7 +57,7 @@ def _hold(fd: int, kind: Kind) -> None:
         if found is None or found.kind == Kind.APPLICATION:
             reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
             sock_filter.hold(sock, kind, found.program if found else b"", reuse)
-        elif kind == Kind.LOCK and found.kind == Kind.QUIESCE:
+        elif kind == Kind.LOCK != found.kind:
             sock_filter.hold(sock, kind, found.program, found.note)
 
 
@@ -69,10 +70,20 @@ def release(fd: int) -> None:
         held = held_filter(sock)
         if held is None:
             return
-        sock_filter.let_go(sock, held.program)
-        if tcp_repair.in_repair(sock):
-            tcp_repair.repair_off(sock)
+        repair = tcp_repair.in_repair(sock)
+        if repair or held.kind == Kind.OPEN:
+            # the filter goes last: if we die here, it tells the next one that the socket is not let go
+            sock_filter.hold(sock, Kind.OPEN, held.program, held.note)
+            if repair:
+                tcp_repair.repair_off(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, held.note)
+        sock_filter.let_go(sock, held.program)
+
+
+def held(fd: int) -> bool:
+    """Whether `release` has something to undo. OSError: EACCES for extended BPF, which is never ours."""
+    with borrow(fd) as sock:
+        return held_filter(sock) is not None
 
 
 def pending_accepts(fd: int, diag: SockDiag) -> int:
@@ -104,6 +115,36 @@ def capture(fd: int) -> TcpConnection | TcpListener:
         if held is None or held.kind != Kind.LOCK:
             raise OSError(errno.EPERM, "the connection is not locked", f"fd {fd}")
         return _capture_connection(sock, info, held)
+
+
+def outline(fd: int) -> TcpConnection:
+    """A connection with nothing in its queues: what another host needs to say whether it could have it.
+
+    Read while it runs, without disturbing it. OSError: ENOTCONN if it has ended.
+    """
+    with borrow(fd) as sock:
+        found = sock_filter.read(sock)
+        return TcpConnection(
+            family=_family(sock),
+            state=1,
+            local=from_sockaddr(sock.getsockname()),
+            peer=from_sockaddr(sock.getpeername()),
+            queues=Queues(receive_seq=0, unread=b"", send_seq=0, sent=b"", unsent=b""),
+            mss_clamp=_ANY_SEGMENT_SIZE,
+            wscale=(0, 0),
+            sack=False,
+            timestamp=None,
+            timestamp_usec=False,
+            captured_at=0.0,
+            window=(0, 0, 0, 0, 0),
+            window_clamp=sock.getsockopt(tcp_repair.SOL_TCP, tcp_repair.TCP_WINDOW_CLAMP),
+            options=options.capture(sock, listener=False),
+            reuse_address=bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)),
+            device=bound_device(sock),
+            buffers=_buffers(sock),
+            filter=found.program if found else b"",
+            uid=os.fstat(sock.fileno()).st_uid,
+        )
 
 
 def _family(sock: socket.socket) -> Family:

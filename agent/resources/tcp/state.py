@@ -169,4 +169,4 @@ def _is_mptcp(sock: socket.socket) -> bool:
     try:
         return bool(sock.getsockopt(tcp_repair.SOL_TCP, tcp_repair.TCP_IS_MPTCP))
     except OSError:
-        return False  # before Linux 5.16: no option, and no other way for a plain TCP socket to be part of one
+        return False  # before Linux 5.16, which has no other way for a plain TCP socket to be part of one

@@ -1,0 +1,69 @@
+"""Where the service is found, and where it keeps what has to last."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+SOCKET_VARIABLE: Final = "MIGRATE_AGENT_SOCKET"
+STATE_VARIABLE: Final = "MIGRATE_AGENT_STATE"
+LOG_BYTES: Final = 1 << 20  # then the log of services on demand begins anew, the old one is kept
+
+
+class UnsafeDirectory(Exception):
+    """A directory that others may write to, or that belongs to somebody else."""
+
+
+class Places(msgspec.Struct, frozen=True):
+    socket: Path
+    state: Path
+
+    @property
+    def lock(self) -> Path:
+        """Held by the service for as long as it lives."""
+        return self.socket.with_name(self.socket.name + ".lock")
+
+    @property
+    def reports(self) -> Path:
+        return self.state / "reports"
+
+    @property
+    def log(self) -> Path:
+        """What a service that was started on demand says."""
+        return self.state / "agent.log"
+
+
+def default() -> Places:
+    """Root's are the host's, anybody else's are their own; both can be named in the environment."""
+    runtime, state = (Path("/run/migrate"), Path("/var/lib/migrate")) if os.geteuid() == 0 else _of_user()
+    socket = os.environ.get(SOCKET_VARIABLE) or runtime / "agent.sock"
+    return Places(Path(socket), Path(os.environ.get(STATE_VARIABLE) or state))
+
+
+def _of_user() -> tuple[Path, Path]:
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    here = Path(runtime, "migrate") if runtime else Path(f"/tmp/migrate-{os.geteuid()}")
+    return here, Path(state) / "migrate"
+
+
+def make_private(directory: Path) -> None:
+    """Have `directory`; a new one is ours to enter alone. UnsafeDirectory, OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise UnsafeDirectory(f"{directory} is not a directory of our own")
+    if found.st_mode & 0o022:
+        raise UnsafeDirectory(f"{directory} can be written to by others")
+
+
+def open_log(places: Places) -> int:
+    """A descriptor to append to the log."""
+    make_private(places.state)
+    if places.log.exists() and places.log.stat().st_size > LOG_BYTES:
+        places.log.replace(places.log.with_name(places.log.name + ".old"))
+    return os.open(places.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

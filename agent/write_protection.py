@@ -1,0 +1,108 @@
+"""Which pages a running process wrote, by userfaultfd's asynchronous write-protection read through PAGEMAP_SCAN.
+
+A mapping that appeared, moved or was replaced since it was registered is not watched; all that is in it counts as
+written. What is no longer there is found by what is: every scan yields the pages present, and the caller compares.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from agent.kernel import userfaultfd
+from agent.kernel.arch.x86_64 import TASK_SIZE
+from agent.kernel.pagemap import (
+    PAGE_IS_FILE,
+    PAGE_IS_GUARD,
+    PAGE_IS_PFNZERO,
+    PAGE_IS_PRESENT,
+    PAGE_IS_SWAPPED,
+    PAGE_IS_WPALLOWED,
+    PAGE_IS_WRITTEN,
+    Pagemap,
+    Region,
+)
+from agent.kernel.procfs import MapsLine
+from agent.tracking import Range, Scan, intersection, merged, without
+
+_THERE: Final = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
+_FOREIGN: Final = PAGE_IS_FILE | PAGE_IS_PFNZERO
+
+
+class WriteProtection:
+    """A `tracking.Tracker`: the kernel marks writes by itself, and the process is never stopped for a scan.
+
+    `uffd`: of the process, its handshake done. It is closed with this.
+    """
+
+    def __init__(self, pid: int, uffd: int) -> None:
+        self._pagemap = Pagemap(pid)
+        self._uffd = uffd
+        self._guard = _guard_supported(self._pagemap)
+
+    @property
+    def incremental(self) -> bool:
+        return True
+
+    def watch(self, lines: Sequence[MapsLine]) -> None:
+        """Register all mappings; those that are already are left as they are."""
+        for line in lines:
+            userfaultfd.register(self._uffd, line.start, line.end)
+
+    def scan(self, files: Sequence[Range], excluded: Sequence[Range], protect: bool) -> Scan:
+        """As `Tracker.scan`; what was written is protected again in the same step.
+
+        Only in `files` the kernel is asked whether a page is the file's own: that question costs five times the rest.
+        """
+        written = self._written(protect)
+        # what is not watched is written, whatever marks its pages may carry
+        unwatched = self._there(0, TASK_SIZE, inverted=PAGE_IS_WPALLOWED)
+        written = merged([*written, *((s, e) for s, e, _ in unwatched)])
+        present, guards = list[Range](), list[Range]()
+        for start, end, categories in self._there(0, TASK_SIZE, returned=self._guard):
+            (guards if categories else present).append((start, end))
+        own = [r for low, high in files for r in self._own(low, high)]
+        present = without(merged([*without(present, files), *own]), excluded)
+        return Scan(present, intersection(written, present), without(guards, excluded))
+
+    def _own(self, start: int, end: int) -> list[Range]:
+        """Pages in a mapping of a file that are no longer the file's."""
+        found: list[Range] = []
+        for low, high, categories in self._there(start, end, inverted=_FOREIGN, returned=PAGE_IS_SWAPPED):
+            holes = self._pagemap.markers(low, high) if categories else []
+            found += without([(low, high)], holes)
+        return found
+
+    def _written(self, protect: bool) -> list[Range]:
+        """The kernel's short way also takes holes for written, and would protect them, so that each costs a marker."""
+        any_of = _THERE if protect else 0
+        regions = self._pagemap.scan(
+            0, TASK_SIZE, any_of=any_of, required=PAGE_IS_WRITTEN, returned=PAGE_IS_WRITTEN, write_protect=protect
+        )
+        return [(start, end) for start, end, _ in regions]
+
+    def _there(self, start: int, end: int, inverted: int = 0, returned: int = 0) -> Iterator[Region]:
+        return self._pagemap.scan(
+            start,
+            end,
+            any_of=_THERE | self._guard,
+            required=inverted,
+            inverted=inverted,
+            returned=returned,
+        )
+
+    def close(self) -> None:
+        self._pagemap.close()
+        if self._uffd >= 0:
+            os.close(self._uffd)
+            self._uffd = -1
+
+
+def _guard_supported(pagemap: Pagemap) -> int:
+    """PAGE_IS_GUARD where the kernel knows it (Linux 6.15), else 0."""
+    try:
+        list(pagemap.scan(0, 4096, any_of=_THERE | PAGE_IS_GUARD, returned=PAGE_IS_GUARD))
+    except OSError:
+        return 0
+    return PAGE_IS_GUARD

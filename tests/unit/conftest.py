@@ -1,0 +1,30 @@
+"""What the tests of several parts share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import settings
+from unit.descriptor_case import Case, Make
+
+# How long an example takes says nothing: the machine may be busy.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Opens things in children; at the end all of it is closed, and no descriptor of ours was forgotten."""
+    cases: list[Case] = []
+
+    def made(setup: Callable[[], list[int]]) -> Case:
+        cases.append(Case(setup))
+        return cases[-1]
+
+    before = len(os.listdir("/proc/self/fd"))
+    yield made
+    for case in cases:
+        case.close()
+    assert len(os.listdir("/proc/self/fd")) == before

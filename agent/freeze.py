@@ -240,6 +240,10 @@ class FrozenProcess:
                 ptrace.detach(tid)
 
     def _put_back(self, tid: int, deadline: float) -> None:
+        if tid in self._rounds.tracee.adrift:  # it is on its own way back, and its registers are its own
+            ptrace.interrupt(tid)
+            wait_event_stop(tid, deadline)
+            return
         try:
             ptrace.set_registers(tid, self._registers(tid))
         except ProcessLookupError:  # not stopped yet: asleep where nothing interrupts it (vfork, a hanging file system)

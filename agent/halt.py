@@ -8,12 +8,14 @@ from typing import Final
 
 from agent.kernel import procfs, ptrace
 from agent.kernel.memory import RemoteMemory
-from agent.resources import signals, threads, waits
+from agent.resources import waits
 from agent.tracee import wait_event_stop
+from agent.visit import Pause
 
 _ATTEMPTS: Final = 40
 _SECONDS: Final = 0.02  # that the others stand still for one that is in the middle of a disk operation
 _RETRY_SECONDS: Final = 0.005
+_LAST_SECONDS: Final = 5.0  # for one that never did, before it is left to the kernel
 
 
 class Halt:
@@ -27,7 +29,7 @@ class Halt:
         self.longest_ms = 0.0
         self._memory = memory
         self._awaited: set[int] = set()  # told to stop
-        self._stopped: list[int] = []
+        self._stopped: dict[int, Pause | None] = {}  # by thread
         self._began = 0.0
         self._asleep: dict[int, waits.Asleep | None] = {}
         self.waits = waits.History()
@@ -40,13 +42,11 @@ class Halt:
             try:
                 self._stop(time.monotonic() + _SECONDS)
                 return
-            except TimeoutError:
-                self._let_go()
-                if attempt == _ATTEMPTS - 1:
+            except BaseException as error:
+                if not isinstance(error, TimeoutError) or attempt == _ATTEMPTS - 1:
+                    self._give_up()
                     raise
-            except BaseException:
-                self._let_go()
-                raise
+            self._let_go()
             time.sleep(_RETRY_SECONDS * (attempt + 1))
 
     def __exit__(self, *_: object) -> None:
@@ -79,28 +79,33 @@ class Halt:
     def _await(self, tid: int, deadline: float) -> None:
         try:
             wait_event_stop(tid, deadline)
-            self._stopped.append(tid)
+            self._stopped[tid] = None
+            self._stopped[tid] = Pause(tid, self._memory)
         except ProcessLookupError:
             if tid == self.pid:
                 raise
         self._awaited.discard(tid)
 
+    def _give_up(self) -> None:
+        """Only a stopped thread can be let go; one that does not stop at all is let go by the kernel when we end."""
+        for tid in sorted(self._awaited):
+            with contextlib.suppress(TimeoutError, ProcessLookupError):
+                self._await(tid, time.monotonic() + _LAST_SECONDS)
+        self._let_go()
+
     def _let_go(self) -> None:
-        """What did not stop in time will be awaited in the next attempt; the kernel lets it go when we end."""
+        """All that are stopped. What did not stop in time is awaited in the next attempt."""
         with contextlib.ExitStack() as every_one:
-            for tid in self._stopped:
-                every_one.callback(self._resume, tid)
+            for tid, pause in self._stopped.items():
+                every_one.callback(self._resume, tid, pause)
         self._stopped.clear()
         self.longest_ms = max(self.longest_ms, (time.perf_counter() - self._began) * 1000)
 
-    def _resume(self, tid: int) -> None:
+    def _resume(self, tid: int, pause: Pause | None) -> None:
         with contextlib.suppress(ProcessLookupError):
             try:
-                thread = threads.look(tid)
-                pending = signals.mask_of((*signals.pending_of_process(tid), *thread.pending))
-                registers = thread.settled(self._memory, pending, None)
-                if registers != thread.registers:
-                    ptrace.set_registers(tid, registers)
-                self.waits.note(tid, registers, self._asleep.get(tid))
+                if pause is not None:
+                    pause.put_back()
+                    self.waits.note(tid, pause.registers, self._asleep.get(tid))
             finally:
                 ptrace.detach(tid)

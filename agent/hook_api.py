@@ -52,7 +52,7 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     plan: dict[str, Any] | None = None
     plan_file: str | None = None  # an absolute path
-    host: str | None = None  # the `source` of the plan's moves that means this host; its own name if not given
+    host: str | None = None  # what the plan calls this host, if not by its own name; "local": the caller is here
     destinations: tuple[str, ...] | None = None  # instead of those of the plan's rules, the best first
     dry_run: bool = False  # check, and move nothing
     on_disconnect: Literal["abort", "continue"] = "abort"  # what becomes of it if the connection ends

@@ -39,6 +39,7 @@ from agent.tracee import (
 DATA_SIZE: Final = 1024
 CALLS: Final = 48
 _CONTROL: Final = 64
+_RED_ZONE: Final = 128
 _SLOTS_AT: Final = PAGE  # behind the code
 _TIMEOUT: Final = struct.pack("<QQQQ", 0, 0, PARK_SECONDS, 0).ljust(_CONTROL, b"\0")
 
@@ -151,7 +152,9 @@ class _Wave:
                 slot = self._slot(number)
                 # order matters if we die in between: from the registers on, the task finds its own way back
                 registers = parked(self._start(number, job), slot, slot + 16, slot + _CONTROL + 8)
+                registers.rsp = job.registers.rsp - _RED_ZONE  # for a handler that runs if we die right here
                 ptrace.set_registers(job.tid, registers)
+                self._tracee.adrift.add(job.tid)
                 ptrace.set_sigmask(job.tid, ALL_SIGNALS)
                 started.append(job)
                 ptrace.cont(job.tid)
@@ -159,9 +162,16 @@ class _Wave:
         finally:
             with contextlib.ExitStack() as steps:
                 for job in started:
-                    steps.callback(_stop_again, job, deadline)
+                    steps.callback(self._stop_again, job, deadline)
                 for job in started:
                     steps.callback(_interrupt, job.tid)
+
+    def _stop_again(self, job: Job, deadline: float) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            wait_event_stop(job.tid, deadline + PARK_SECONDS)
+            self._tracee.check_parked(job.tid)
+            ptrace.set_sigmask(job.tid, job.sigmask)
+            self._tracee.adrift.discard(job.tid)
 
     def _await_flags(self, deadline: float) -> None:
         """Spin until all runners have been through their tables."""
@@ -193,9 +203,3 @@ class _Wave:
 def _interrupt(tid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         ptrace.interrupt(tid)
-
-
-def _stop_again(job: Job, deadline: float) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        wait_event_stop(job.tid, deadline + PARK_SECONDS)
-        ptrace.set_sigmask(job.tid, job.sigmask)

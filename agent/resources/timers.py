@@ -31,7 +31,7 @@ ITIMER_REAL: Final = 0
 SIGEV_THREAD_ID: Final = 4
 SIGEV_NONE: Final = 1
 PR_TIMER_CREATE_RESTORE_IDS: Final = 77  # Linux 6.16
-PR_TIMER_CREATE_RESTORE_IDS_GET: Final = 2
+_RESTORE_IDS_GET: Final = 2
 _MANY: Final = 10_000  # timers that are made and deleted only to be counted
 # clocks that run with the wall; the others count CPU time, which stands still in a freeze
 _WALL_CLOCKS: Final = frozenset({0, 1, 7, 8, 9, 11})
@@ -112,7 +112,7 @@ def runs_on(process: ProcessState, siginfo: bytes) -> bool:
 
 @functools.cache
 def _numbers_can_be_chosen() -> bool:
-    return bool(libc.prctl(PR_TIMER_CREATE_RESTORE_IDS, PR_TIMER_CREATE_RESTORE_IDS_GET, 0, 0, 0) >= 0)
+    return bool(libc.prctl(PR_TIMER_CREATE_RESTORE_IDS, _RESTORE_IDS_GET, 0, 0, 0) >= 0)
 
 
 def create_posix(batch: Batch, timers: list[TimerState]) -> list[int]:

@@ -141,9 +141,11 @@ class Draining:
             yield Member(process, rule.label, places, rule.options, problem)
 
     def _is_here(self, name: str) -> bool:
+        """Whether a host of the plan is this one, which may be called otherwise there than it calls itself."""
         if name == LOCAL:
-            return self._wanted.plan_file is not None
-        return parse_host(name).host == parse_host(self._wanted.host or platform.node()).host
+            return self._wanted.plan_file is not None or self._wanted.host == LOCAL
+        names = (platform.node(), self._wanted.host or LOCAL)
+        return parse_host(name).host in {parse_host(each).host for each in names}
 
     async def _work(self, waiting: Iterator[Member]) -> None:
         for member in waiting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import os
 from typing import Any, Final, TypeVar
 
@@ -24,6 +25,7 @@ from migrate.plan.tree import MAX_BYTES
 from transport.target import parse_host
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 class Drains:
@@ -44,8 +46,15 @@ class Drains:
         if self._current is not None and not self._current[1].done():
             raise Conflict("this host is being drained already")
         task = asyncio.create_task(draining.run())
+        task.add_done_callback(_log_failure)
         self._current = (draining, task)
         return task
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """Whoever reads lines only sees that the last one is missing."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("the drain failed", exc_info=error)
 
 
 DRAINS: Final = web.AppKey("drains", Drains)

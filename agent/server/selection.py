@@ -51,11 +51,13 @@ def processes() -> Iterator[Selected]:
 
 
 def _by_pidfile(path: str) -> Selection:
+    if not os.path.isabs(path):
+        return Selection(processes=(), why=f"{path}: it is not an absolute path")
     try:
         with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
             words = file.read(MAX_PIDFILE).strip()
-    except OSError as error:
-        return Selection(processes=(), why=f"{path}: {error.strerror}")
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        return Selection(processes=(), why=f"{path}: {getattr(error, 'strerror', None) or error}")
     if len(words) > 10 or not words.isdigit():
         return Selection(processes=(), why=f"{path}: there is no process number in it")
     return _by_pid(int(words), f"{path}: ")

@@ -59,7 +59,7 @@ def drain(
     plan = command.load(file, common)
     wanted = Drain(
         plan=to_object(_as_seen_from(host, plan, command.reached_by(plan, common))),
-        host=None if host.host == LOCAL else str(host),
+        host=str(host),
         destinations=tuple(map(str, destinations)) or None,
         dry_run=dry_run,
     )

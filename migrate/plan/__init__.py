@@ -7,8 +7,10 @@
     parse.py    tree + schema -> plan, or all that is wrong with it
     write.py    the way back: a plan as an object that reads as the same plan
     apply.py    checks and carries out the moves of a plan
+    drain.py    watches an agent empty its host
     outcome.py  what came of each, and of all of them together
     show.py     how a person sees that
+    command.py  what the commands have in common
 
 The agent reads plans too, when it is asked to empty its host (`agent/server/drain.py`).
 """

@@ -28,7 +28,7 @@ from agent.api import (
     Request,
     SshOptions,
 )
-from agent.hook_api import Selected, Selection, Status
+from agent.hook_api import Result, Selected, Selection, Status
 from migrate.client import Agent, Level
 from migrate.coordinator import Coordinator
 from migrate.errors import Failure
@@ -123,7 +123,7 @@ class PlanRun:
         """Ask all sources and destinations; touches nothing."""
         await self._check_all()
         await self._let_go()
-        return self._report()
+        return self._report("ready")
 
     async def apply(self) -> PlanReport:
         """Check all, then move. With `on_failure: stop` nothing is touched unless every move can be made."""
@@ -135,7 +135,7 @@ class PlanRun:
             waiting = iter(ready)
             await asyncio.gather(*(self._work(waiting) for _ in range(self._plan.parallel)))
         await self._let_go()
-        return self._report()
+        return self._report("migrated")
 
     def interrupt(self) -> None:
         """A person wants this to end: what runs is rolled back, nothing more is started. Again: leave at once."""
@@ -145,14 +145,14 @@ class PlanRun:
         for coordinator in self._running:
             coordinator.interrupt()
 
-    def _report(self) -> PlanReport:
+    def _report(self, without: Result) -> PlanReport:
         results = tuple(member.result() for member in self._members)
         error = None
         if self._interrupts:
             waiting = sum(each.status == "not-started" for each in results)
             message = f"interrupted; {waiting} of {len(results)} moves were not started"
             error = ErrorInfo(kind="aborted", message=message, where="coordinator")
-        return PlanReport(outcome=worst(each.status for each in results), moves=results, error=error)
+        return PlanReport(outcome=worst((each.status for each in results), without), moves=results, error=error)
 
     async def _check_all(self) -> None:
         by_source: dict[str, list[Member]] = {}

@@ -92,4 +92,4 @@ def of_plan(report: PlanReport) -> ExitCode:
 
 def of_drain(report: DrainReport) -> ExitCode:
     refused = (each for each in report.processes if each.status == "refused")
-    return exit_code(report.outcome, (each.tried[-1].error if each.tried else None for each in refused))
+    return exit_code(report.outcome, (tried.error for each in refused for tried in each.tried))

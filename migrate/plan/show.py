@@ -104,7 +104,8 @@ def _of_move(each: MoveResult) -> Iterable[RenderableType]:
 def _of_process(each: DrainedProcess) -> Iterable[RenderableType]:
     if each.status == "refused":
         for tried in each.tried:
-            yield Text(f"\n{clean(each.process.name)} {each.process.pid} -> {clean(tried.destination)}:", style="bold")
+            way = f" -> {clean(tried.destination)}" if tried.destination else ""
+            yield Text(f"\n{clean(each.process.name)} {each.process.pid}{way}:", style="bold")
             yield Padding(_of_tried(tried), (0, 0, 0, 2))
     elif each.report is not None and each.status != "migrated":
         yield Padding(report.of_move(each.report), (1, 0, 0, 2))

@@ -154,20 +154,23 @@ def _of_yaml(error: yaml.MarkedYAMLError, loader: _Loader) -> Unreadable:
     return Unreadable(f"not YAML: {', '.join(words)}", _place(mark))
 
 
-class _TooDeep(yaml.MarkedYAMLError):
-    """Noticed on the way down, before the parser's own recursion is."""
+class _TooMuch(yaml.MarkedYAMLError):
+    """Noticed on the way, before the parser's own recursion, or anybody's patience, has its end."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Makes nodes, nothing else, and not too deep."""
+    """Makes nodes, nothing else, and not too many."""
 
     _depth = 0
+    _count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
-        if self._depth > MAX_DEPTH:
+        self._count += 1
+        if self._depth > MAX_DEPTH or self._count > MAX_NODES:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise _TooDeep(problem=f"nested deeper than {MAX_DEPTH}", problem_mark=mark)
+            words = f"nested deeper than {MAX_DEPTH}" if self._depth > MAX_DEPTH else f"more than {MAX_NODES:,} values"
+            raise _TooMuch(problem=words, problem_mark=mark)
         try:
             return super().compose_node(parent, index)
         finally:

@@ -187,6 +187,7 @@ def ended(child: int) -> bool:
     return False
 
 
+@pytest.mark.timeout(900)
 def test_at_every_step(program: Program) -> None:
     death = 0
     while True:

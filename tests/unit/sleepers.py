@@ -6,6 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from unit.stand_in_service import until
+
 
 class Sleepers:
     """`start` starts one; all have ended after `close`."""
@@ -20,7 +22,10 @@ class Sleepers:
         if not program.exists():
             shutil.copy("/bin/sleep", program)
         self._running.append(subprocess.Popen([str(program), "300"]))
-        return self._running[-1].pid
+        pid = self._running[-1].pid
+        # Popen is back as soon as the kernel has closed its pipe, which is before the new arguments are in place
+        until(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(str(program).encode()))
+        return pid
 
     def end(self, pid: int) -> None:
         """Now; its number is free then."""

@@ -15,7 +15,7 @@ import pytest
 from unit.children import compiled, ended, gone, wait_for
 from unit.test_engine import Move
 
-from agent.api import MoveOptions, Outcome
+from agent.api import MoveOptions
 from agent.freeze import FrozenProcess
 from agent.kernel import clone, procfs
 
@@ -170,8 +170,12 @@ def obeyer(tmp_path: Path) -> Iterator[Obeyer]:
     found.close()
 
 
-def in_state(wanted: str, action: Callable[[], None]) -> Callable[[Move, str], None]:
-    return lambda move, state: action() if state == wanted else None
+def in_state(wanted: str, action: Callable[[], object]) -> Callable[[Move, str], None]:
+    def on_state(_: Move, state: str) -> None:
+        if state == wanted:
+            action()
+
+    return on_state
 
 
 @pytest.mark.parametrize(("word", "kind"), [("seccomp", "seccomp"), ("chroot", "chroot"), ("lock", "file-lock")])
@@ -193,7 +197,7 @@ def test_a_lock_that_is_given_up_again(obeyer: Obeyer) -> None:
             obeyer_at.append(time.monotonic())
 
     move = Move(obeyer, MoveOptions(), during)
-    assert move.report is not None and move.report.outcome is Outcome.MIGRATED, move.report.error
+    assert move.migrated
     assert obeyer_at and "did unlock" in obeyer.lines()
     obeyer.progress()
 
@@ -233,7 +237,7 @@ def test_a_child_that_ends_soon(obeyer: Obeyer) -> None:
             wait_for(lambda: bool(procfs.children(obeyer.pid)), "the child")
 
     move = Move(obeyer, MoveOptions(), fork)
-    assert move.report is not None and move.report.outcome is Outcome.MIGRATED, move.report.error
+    assert move.migrated
     obeyer.progress()
 
 
@@ -278,7 +282,7 @@ def test_a_file_of_its_own_is_not_moved_when_it_was_written(obeyer: Obeyer) -> N
 
 def test_a_file_of_its_own_is_not_moved_when_the_destinations_was_written(obeyer: Obeyer) -> None:
     file = obeyer.directory / "file"
-    other = in_state("pre-copy", lambda: file.with_name("other").write_text("other") and None)
+    other = in_state("pre-copy", lambda: file.with_name("other").write_bytes(b"other"))
     move = Move(obeyer, MoveOptions(), other, prepare=hide(file))
     assert str(file) in move.rolled_back("file-changed", "destination")
     obeyer.assert_runs_on()
@@ -286,7 +290,7 @@ def test_a_file_of_its_own_is_not_moved_when_the_destinations_was_written(obeyer
 
 def test_a_shared_file_may_be_written(obeyer: Obeyer) -> None:
     move = Move(obeyer, MoveOptions(), in_state("pre-copy", lambda: obeyer.obey("write")))
-    assert move.report is not None and move.report.outcome is Outcome.MIGRATED, move.report.error
+    assert move.migrated
     obeyer.progress()
 
 
@@ -300,7 +304,7 @@ def test_signals_are_never_lost(obeyer: Obeyer, state: str) -> None:
             assert ctypes.CDLL(None).sigqueue(obeyer.pid, signal.SIGRTMIN, ctypes.c_void_p(value)) == 0
 
     move = Move(obeyer, MoveOptions(), in_state(state, send))
-    assert move.report is not None and move.report.outcome is Outcome.MIGRATED, move.report.error
+    assert move.migrated
     wait_for(lambda: sum(line.startswith("signal") for line in obeyer.lines()) == 3, "all three signals")
     words = sorted(line.split()[1:] for line in obeyer.lines() if line.startswith("signal"))
     queued = [[str(int(signal.SIGRTMIN)), "-1", value] for value in ("7", "8")]
@@ -310,8 +314,7 @@ def test_signals_are_never_lost(obeyer: Obeyer, state: str) -> None:
 
 def test_a_stop_signal_before_commit_stops_the_copy(obeyer: Obeyer) -> None:
     move = Move(obeyer, MoveOptions(), in_state("committing", lambda: os.kill(obeyer.pid, signal.SIGSTOP)))
-    assert move.report is not None and move.report.outcome is Outcome.MIGRATED, move.report.error
-    copy = move.report.destination.pid or 0
+    copy = move.migrated.destination.pid or 0
     wait_for(lambda: procfs.stat(copy).state == "T", "the copy to stop")
     os.kill(copy, signal.SIGCONT)
     obeyer.progress()
@@ -331,8 +334,7 @@ def test_killed_while_it_is_frozen(obeyer: Obeyer) -> None:
 def test_mappings_made_right_before_the_freeze(obeyer: Obeyer) -> None:
     """Their flags become known late: what is of another kind is made anew, with its pages."""
     move = Move(obeyer, MoveOptions(verify=True), in_state("freezing", lambda: obeyer.obey("map")))
-    assert move.report is not None and move.report.outcome is Outcome.MIGRATED, move.report.error
-    copy = move.report.destination.pid or 0
+    copy = move.migrated.destination.pid or 0
     lines = [m for m in procfs.smaps(copy) if obeyer.area <= m.start < obeyer.area + (1 << 20)]
     flags = {m.start - obeyer.area: m.vmflags & {"nr", "dd"} for m in lines}
     assert flags == {0: {"nr", "dd"}, 1 << 19: {"nr"}}

@@ -51,7 +51,7 @@ def test_any_descriptors_are_grouped_as_they_were_made(steps: list[tuple[str, in
 
     case = Case(make)
     try:
-        sizes = []  # the child tells group by group
+        sizes: list[int] = []  # the child tells group by group
         for what, which in steps:
             if what == "dup" and sizes:
                 sizes[which % len(sizes)] += 1

@@ -115,9 +115,9 @@ def test_every_notice_is_explained() -> None:
 
 
 def test_every_error_of_the_link_has_its_advice() -> None:
-    classes = [v for v in vars(link_errors).values() if isinstance(v, type)]
-    classes = [v for v in classes if issubclass(v, link_errors.LinkError)]
-    assert {c.kind for c in classes} - {"link"} <= explained("troubleshooting.md")
+    found = (v for v in vars(link_errors).values() if isinstance(v, type))
+    kinds = {v.kind for v in found if issubclass(v, link_errors.LinkError)}
+    assert kinds - {"link"} <= explained("troubleshooting.md")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])

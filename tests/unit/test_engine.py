@@ -14,6 +14,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from unit.children import compiled, ended, gone, wait_for
@@ -172,12 +173,19 @@ class Destination:
         os.waitpid(self.pid, 0)
 
 
+class Moving(Protocol):
+    """What is moved."""
+
+    pid: int
+    copies: list[int]
+
+
 class Move:
     """One migration: what was emitted, and what came of it. `on_state` is called in each state that it enters."""
 
     def __init__(
         self,
-        ticker: Ticker,
+        ticker: Moving,
         options: MoveOptions,
         on_state: Callable[[Move, str], None] = lambda *_: None,
         aborted: Callable[[Move], bool] = lambda _: False,
@@ -211,6 +219,11 @@ class Move:
     @property
     def checked(self) -> CheckResult | None:
         return next((e.result for e in self.events if isinstance(e, Checked)), None)
+
+    @property
+    def migrated(self) -> Report:
+        assert self.report is not None and self.report.outcome is Outcome.MIGRATED, self.report
+        return self.report
 
     def rolled_back(self, kind: str, where: str) -> str:
         """It was rolled back for this reason; the message."""

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from agent.kernel import procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.memory import RemoteMemory
 from agent.resources import waits
+from agent.tracee import wait_event_stop
 
 # Threads that come and go, and threads that wait in each kind of call that a stop interrupts.
 CROWD = r"""
@@ -224,3 +225,28 @@ def test_one_that_cannot_stop_is_waited_for() -> None:
     finally:
         program.kill()
         program.wait()
+
+
+def test_giving_up_leaves_nobody_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal of our own comes while threads are being stopped."""
+    with spinner() as process, halting(process.pid) as halt:
+        monkeypatch.setattr("agent.halt.wait_event_stop", _interrupted_once())
+        with pytest.raises(KeyboardInterrupt), halt:
+            pass
+        process.progress()
+        assert procfs.status(process.pid)["TracerPid"] == "0"
+        with halt:
+            assert states(process.pid) == {"t"}
+        process.progress()
+
+
+def _interrupted_once() -> Callable[[int, float], None]:
+    calls: list[int] = []
+
+    def wait(tid: int, deadline: float) -> None:
+        calls.append(tid)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        wait_event_stop(tid, deadline)
+
+    return wait

@@ -105,8 +105,12 @@ def test_moves_of_a_plan_from_this_host_count_too(service: Service, sleepers: Sl
     ]
     report = drain(service, {"version": 1, "moves": moves})
     assert list(covered(report)) == [pid] and covered(report)[pid]["rule"] == "first"
-    report = drain(service, {"version": 1, "moves": moves}, host="elsewhere:22")
-    assert list(covered(report)) == [other]
+    report = drain(service, {"version": 1, "moves": moves}, host="elsewhere:22", dry_run=True)
+    assert sorted(covered(report)) == sorted([pid, other])
+    moves[1]["source"] = "local"
+    assert list(covered(drain(service, {"version": 1, "moves": moves}, dry_run=True))) == [pid]
+    report = drain(service, {"version": 1, "moves": moves}, host="local", dry_run=True)
+    assert sorted(covered(report)) == sorted([pid, other])
 
 
 def test_a_move_is_for_one_process(service: Service, sleepers: Sleepers) -> None:
@@ -271,5 +275,7 @@ def test_selecting(service: Service, sleepers: Sleepers) -> None:
     assert [each["pid"] for each in found["processes"]] == [pid] and found["why"] == ""
     none = service.good("POST", "/v1/select", {"pidfile": "/nonexistent"})
     assert none == {"processes": [], "why": "/nonexistent: No such file or directory"}
+    assert service.good("POST", "/v1/select", {"pidfile": "/\0"})["why"] == "/\0: embedded null byte"
+    assert "not an absolute path" in service.good("POST", "/v1/select", {"pidfile": "run/x.pid"})["why"]
     for body in ({}, {"pid": 1, "name": "x"}, {"user": "x"}, b"[" * 100_000):
         assert error(service.ask("POST", "/v1/select", body))[:2] == (400, "bad-request")

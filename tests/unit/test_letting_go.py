@@ -81,7 +81,7 @@ def test_what_the_process_closes_is_closed_while_the_agents_still_live(tmp_path:
 
     def prepare() -> None:
         clone.unshare(CLONE_NEWNET)  # where the port is free
-        Incoming._finish = look  # type: ignore[method-assign]
+        setattr(Incoming, "_finish", look)  # noqa: B010
 
     finish = Incoming._finish
     with running(tmp_path, CLOSES) as program:

@@ -162,6 +162,7 @@ def test_a_byte_order_mark_is_no_part_of_it() -> None:
         # bounds
         (b"#" * (MAX_BYTES + 1), "1:1: it has 262,145 bytes; a plan has 262,144 at most"),
         ("[" * 100_000, f"1:{MAX_DEPTH + 1}: not YAML: nested deeper than {MAX_DEPTH}"),
+        ("moves: [" + "1," * 50_000 + "]", f"1:40003: not YAML: more than {MAX_NODES:,} values"),
         ("moves: &a [*a]", f"1:8: nested deeper than {MAX_DEPTH}"),
         # shapes
         ("[]", "1:1: here must be keys (version, defaults, moves, drain) and their values, not a list"),
@@ -228,7 +229,7 @@ def test_what_is_wrong_is_said_with_its_place(text: str | bytes, problem: str) -
 def test_everything_that_is_wrong_is_said_at_once_and_in_order() -> None:
     text = PLAN.replace("100mbit", "fast").replace("4711", "none")
     text = text.replace("delta", "del/ta").replace("name: web", "nam: web")
-    assert [each.partition(": ")[0] for each in problems(text)] == ["4:60", "20:12", "32:5", "33:19"]
+    assert [each.partition(": ")[0] for each in problems(text)] == ["4:60", "21:12", "32:5", "33:19"]
 
 
 def test_the_same_twice() -> None:

@@ -51,12 +51,13 @@ class Frozen:
         # what the destination gets: a wait under its own number, and how much of it is left
         known = {tid: history.recall(tid, self.registers[tid], asleep.get(tid)) for tid in tids}
         self.there = {tid: waits.identified(registers, tracee.memory) for tid, (registers, _) in known.items()}
-        now = waits.observe("self")
+        waiting = {tid: known[tid][1] for tid in tids if waits.interrupted(self.there[tid])}
+        clocks = waits.clocks({before.cpu for before in waiting.values() if before is not None})
         self.remaining = {
-            tid: waits.remaining_ns(self.there[tid], tracee.memory, known[tid][1], waits.observe(tid), now)
-            if waits.interrupted(self.there[tid])
-            else None
-            for tid in tids
+            tid: waits.remaining_ns(
+                self.there[tid], tracee.memory, before, waits.observe(tid), clocks.get(before.cpu) if before else None
+            )
+            for tid, before in waiting.items()
         }
 
     def _settle(self, memory: RemoteMemory) -> dict[int, arch.Registers]:
@@ -90,7 +91,7 @@ def capture_threads(tracee: Tracee, frozen: Frozen) -> Iterator[ThreadState]:
 def _finish(state: ThreadState, frozen: Frozen, tid: int) -> ThreadState:
     state.tid = frozen.numbers[tid]
     state.registers = frozen.there[tid]
-    state.remaining_ns = frozen.remaining[tid]
+    state.remaining_ns = frozen.remaining.get(tid)
     return state
 
 

@@ -11,17 +11,24 @@ it must be read before the thread is stopped.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import struct
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
+from agent.kernel import procfs
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
 from agent.kernel.memory import RemoteMemory
 
-MARGIN: Final = 50_000_000  # nanoseconds
+MARGIN: Final = 1_000_000  # nanoseconds
+_SINCE: Final = re.compile(rb"se\.exec_start\s*:\s*([0-9.]+)")
+_SWITCHES: Final = re.compile(rb"nr_voluntary_switches\s*:\s*(\d+)")
+_PROCESSOR: Final = 36  # of /proc/PID/stat behind the name, proc(5)
 _LOOK_BACK: Final = 48
 _MOV_EAX: Final = re.compile(rb"(?s)\xb8(.{4})")
 _RESTARTED: Final = frozenset({arch.NR_poll, arch.NR_nanosleep, arch.NR_clock_nanosleep, arch.NR_futex})
@@ -54,16 +61,40 @@ class Asleep(msgspec.Struct, frozen=True):
 
     since: float
     switches: int
+    cpu: int = -1  # whose clock that is
 
 
 def observe(tid: int | str) -> Asleep | None:
     """Read before the task is stopped; None where the kernel does not tell (CONFIG_SCHED_DEBUG)."""
     try:
-        with open(f"/proc/{tid}/sched", "rb") as file:
-            fields = {k.strip(): v for k, _, v in (line.partition(b":") for line in file)}
-        return Asleep(float(fields[b"se.exec_start"]), int(fields[b"nr_voluntary_switches"]))
-    except (FileNotFoundError, ProcessLookupError, KeyError, ValueError):
+        text = procfs.read(f"/proc/{tid}/sched")
+        since, switches = _SINCE.search(text), _SWITCHES.search(text)
+        if since is None or switches is None:
+            return None
+        cpu = procfs.read(f"/proc/{tid}/stat").rpartition(b")")[2].split()[_PROCESSOR]
+        return Asleep(float(since[1]), int(switches[1]), int(cpu))
+    except ProcessLookupError:
         return None
+
+
+def clocks(cpus: Iterable[int]) -> dict[int, Asleep]:
+    """Now, on the scheduler's clock of each of these CPUs; without those where we may not run.
+
+    Each has its own, which leaves out the time that interrupts and a hypervisor took from it: so they drift apart
+    without bound, and a time is only told by the clock of the CPU that it was taken on. Takes us to each for a moment.
+    """
+    found: dict[int, Asleep] = {}
+    allowed = os.sched_getaffinity(0)
+    try:
+        for cpu in cpus:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, {cpu})
+                now = observe("self")
+                if now is not None and now.cpu == cpu:
+                    found[cpu] = now
+    finally:
+        os.sched_setaffinity(0, allowed)
+    return found
 
 
 class _Known(msgspec.Struct, frozen=True):
@@ -73,6 +104,7 @@ class _Known(msgspec.Struct, frozen=True):
     rip: int
     since: float
     switches: int
+    cpu: int
 
 
 class History:
@@ -89,7 +121,7 @@ class History:
         registers, before = self.recall(tid, registers, before)
         self._known.pop(tid, None)
         if before is not None and interrupted(registers) and registers.syscall != arch.NR_restart_syscall:
-            self._known[tid] = _Known(registers.orig_rax, registers.rip, before.since, before.switches)
+            self._known[tid] = _Known(registers.orig_rax, registers.rip, before.since, before.switches, before.cpu)
 
     def recall(self, tid: int, registers: Registers, before: Asleep | None) -> tuple[Registers, Asleep | None]:
         """The same, as if the wait had never been interrupted before."""
@@ -99,7 +131,8 @@ class History:
         # the same wait still: since then it only left its CPU for our stop, and for the wait again
         if registers.rip != known.rip or before.switches != known.switches + 2:
             return registers, before
-        return msgspec.structs.replace(registers, orig_rax=known.number), Asleep(known.since, before.switches)
+        asleep = Asleep(known.since, before.switches, known.cpu)
+        return msgspec.structs.replace(registers, orig_rax=known.number), asleep
 
 
 def requested_ns(registers: Registers, memory: RemoteMemory) -> int | None:
@@ -134,7 +167,8 @@ def remaining_ns(
     """What is left of an interrupted wait; what was asked for where its beginning is not known. None: no such wait.
 
     `before` and `after` the stop tell whether it is the same sleep: our stop is the one voluntary switch in between.
-    The scheduler's clocks of two CPUs differ a little, so a wait may end late by MARGIN, never early.
+    `now` is of the CPU that `before` is of (`clocks`). That clock is never ahead of the wait's: it may end late (by what
+    interrupts and a hypervisor took, and MARGIN for rounding), never early.
     """
     if not interrupted(registers):
         return None
@@ -142,7 +176,7 @@ def remaining_ns(
     if written is not None:  # the kernel has said it itself (and may have overwritten the request by that)
         return _read_timespec(memory, written[0])
     requested = requested_ns(registers, memory)
-    if requested is None or before is None or after is None or now is None:
+    if requested is None or before is None or after is None or now is None or now.cpu != before.cpu:
         return requested
     if after.switches > before.switches + 1:
         return requested

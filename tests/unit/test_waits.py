@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Mapping
 
@@ -212,3 +213,22 @@ def test_nothing_is_made_up() -> None:
         (after(poll, asleep), poll, now),
     ):
         assert history.recall(7, registers, before) == (registers, before)
+
+
+def test_a_time_is_told_by_the_clock_of_its_cpu() -> None:
+    """Those of two CPUs drift apart without bound."""
+    registers = interrupted(arch.NR_poll)
+    before, after = Asleep(1000.0, 5, cpu=0), Asleep(2000.0, 6, cpu=1)
+    requested = waits.remaining_ns(registers, Memory(), before, after, None)  # type: ignore[arg-type]
+    elsewhere = waits.remaining_ns(registers, Memory(), before, after, Asleep(2000.0, 0, cpu=1))  # type: ignore[arg-type]
+    assert requested == elsewhere == waits.requested_ns(registers, Memory())  # type: ignore[arg-type]
+
+
+def test_the_clocks_of_all_our_cpus() -> None:
+    cpus = os.sched_getaffinity(0)
+    found = waits.clocks(cpus)
+    assert {cpu: now.cpu for cpu, now in found.items()} == {cpu: cpu for cpu in cpus}
+    assert os.sched_getaffinity(0) == cpus
+    later = waits.clocks(cpus)
+    assert all(later[cpu].since >= found[cpu].since for cpu in cpus)
+    assert waits.clocks([max(cpus) + 4000]) == {}

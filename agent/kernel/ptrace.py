@@ -18,7 +18,6 @@ from agent.kernel import procfs
 from agent.kernel.arch.x86_64 import REGISTERS_SIZE, Registers
 
 PTRACE_CONT: Final = 7
-PTRACE_SINGLESTEP: Final = 9
 PTRACE_GETREGS: Final = 12
 PTRACE_SETREGS: Final = 13
 PTRACE_DETACH: Final = 17
@@ -91,10 +90,6 @@ def interrupt(tid: int) -> None:
 
 def cont(tid: int, signal: int = 0) -> None:
     _call(PTRACE_CONT, tid, 0, signal)
-
-
-def singlestep(tid: int) -> None:
-    _call(PTRACE_SINGLESTEP, tid)
 
 
 def to_syscall(tid: int, signal: int = 0) -> None:

@@ -29,8 +29,24 @@ def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
 
 def capture(file: OpenFile, process: SourceProcess) -> State:
     info = dict(file.info)
-    semaphore = info.get("eventfd-semaphore", "0") == "1"
-    return State(int(info["eventfd-count"], 16), semaphore, file.flags & os.O_NONBLOCK)
+    count = int(info["eventfd-count"], 16)
+    said = info.get("eventfd-semaphore")  # commit 33d8b5d7824f, Linux 6.5
+    semaphore = said == "1" if said is not None else acts_as_semaphore(process.duplicate(file.fd), count)
+    return State(count, semaphore, file.flags & os.O_NONBLOCK)
+
+
+def acts_as_semaphore(fd: int, count: int) -> bool:
+    """Tried out: from 2 on, reading takes 1 from a semaphore and all from another. The count is `count` again then."""
+    added = max(0, 2 - count)
+    if added:
+        os.eventfd_write(fd, added)
+    taken = os.eventfd_read(fd)
+    left = count + added - taken
+    if left > count:
+        os.eventfd_read(fd)  # a semaphore, which was 0
+    elif left < count:
+        os.eventfd_write(fd, count - left)
+    return taken == 1
 
 
 def rebuild(state: State, context: Rebuilding) -> int:

@@ -26,6 +26,7 @@ from agent.resources import tcp
 def kinds(host: Host, sock: socket.socket) -> list[str]:
     with host:
         found = tcp.blockers(sock.fileno(), "fd 9")
+        found += tcp.signed_blockers({os.fstat(sock.fileno()).st_ino: "fd 9"})
     assert all(one.what.startswith("fd 9") for one in found)
     return [one.kind for one in found]
 

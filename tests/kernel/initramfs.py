@@ -11,7 +11,8 @@ from typing import Final
 HERE: Final = Path(__file__).resolve().parent
 _HEADER: Final = "070701" + "{:08x}" * 13
 _DEPENDS: Final = re.compile(rb"\0depends=([^\0]*)\0")
-_WANTED: Final = ("virtio_pci", "9pnet_virtio", "9p")
+# for the file system, and what the kernel would load by itself if it could
+_WANTED: Final = ("virtio_pci", "9pnet_virtio", "9p", "tcp_diag", "udp_diag", "unix_diag")
 
 
 def _entry(number: int, name: str, mode: int, data: bytes) -> bytes:

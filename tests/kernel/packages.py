@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import subprocess
@@ -13,7 +14,10 @@ from typing import Final
 
 CACHE: Final = Path(__file__).resolve().parents[2] / "build" / "kernel"
 _KERNEL: Final = re.compile(r"linux-image-6\.1\.0-\d+-amd64")
-_MODULES: Final = ("fs/9p", "fs/fscache", "fs/netfs", "net/9p", "drivers/virtio")
+_MODULES: Final = (
+    *("fs/9p", "fs/fscache", "fs/netfs", "net/9p", "drivers/virtio"),
+    *("net/ipv4/*_diag.ko", "net/unix/*_diag.ko"),
+)
 # of the packages, the files that a guest is made of
 _PARTS: Final = {
     "linux-image": ("boot/vmlinuz-*", *(f"lib/modules/*/kernel/{directory}" for directory in _MODULES)),
@@ -33,7 +37,7 @@ class Kernel:
 def fetch() -> Kernel:
     """Download and unpack it, if that was not done yet."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    tree = CACHE / "tree"
+    tree = CACHE / hashlib.sha256(repr(_PARTS).encode()).hexdigest()[:8]
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not tree.exists():

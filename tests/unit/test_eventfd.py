@@ -8,6 +8,7 @@ import pytest
 from unit.descriptor_case import Make, captured_here
 
 from agent import kinds
+from agent.kernel import procfs
 from agent.resources import eventfd
 
 
@@ -31,3 +32,14 @@ def test_eventfd(make: Make, count: int, flags: int) -> None:
             os.eventfd_read(ours)
     else:
         assert os.eventfd_read(ours) == (1 if flags & os.EFD_SEMAPHORE else count)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 77, (1 << 64) - 2])
+@pytest.mark.parametrize("flags", [0, os.EFD_NONBLOCK, os.EFD_SEMAPHORE, os.EFD_SEMAPHORE | os.EFD_NONBLOCK])
+def test_where_the_kernel_does_not_say_it_is_tried_out(count: int, flags: int) -> None:
+    fd = os.eventfd(0, flags)
+    if count:
+        os.eventfd_write(fd, count)
+    assert eventfd.acts_as_semaphore(fd, count) == bool(flags & os.EFD_SEMAPHORE)
+    assert dict(procfs.fdinfo(os.getpid(), fd))["eventfd-count"] == f"{count:16x}".strip()
+    os.close(fd)

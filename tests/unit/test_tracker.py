@@ -363,6 +363,26 @@ def test_a_mapping_made_anew_that_joins_its_neighbour(watched: Watched) -> None:
     assert all(watched.held.get(p, bytes(PAGE)) == watched.actual(p) for p in map(arena.page, range(8)))
 
 
+def test_a_mapping_that_grew_and_became_part_of_its_neighbour(watched: Watched) -> None:
+    """While a mapping is new, mprotect(2) makes its pages writable and leaves no mark; merging takes the newness away."""
+    arena = Arena(watched)
+    arena.puppet.call(arch.NR_munmap, arena.page(12), (PAGES - 12) * PAGE)
+    arena.write(*range(12))
+    arena.puppet.call(arch.NR_mprotect, arena.page(4), 2 * PAGE, 0)
+    for _ in range(3):
+        watched.follow(arena.base, arena.page(PAGES))
+    arena.puppet.map(2 * PAGE, arena.page(12))
+    for protection in (1, 3):
+        arena.puppet.call(arch.NR_mprotect, arena.page(6), 8 * PAGE, protection)
+    arena.write(8, byte=0x88)
+    arena.puppet.call(arch.NR_mprotect, arena.page(4), 2 * PAGE, 3)
+    watched.follow(arena.base, arena.page(PAGES))
+    assert watched.held[arena.page(8)] == watched.actual(arena.page(8))
+    arena.write(9, byte=0x99)
+    watched.follow(arena.base, arena.page(PAGES))
+    assert watched.held[arena.page(9)] == watched.actual(arena.page(9))
+
+
 def test_a_large_empty_mapping(watched: Watched) -> None:
     """Address space costs nothing; and a page in the middle of it is found."""
     size = 1 << 40

@@ -101,6 +101,9 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
     actions = signals.ask_actions(batch, pid)
     itimers = timers.ask_itimers(batch)
     posix = timers.ask_posix(batch, pid, frozen.numbers)
+    # right after the timers: what a look before the batch says is earlier by all that kept the batch waiting
+    clock = batch.space(16)
+    batch.call("clock_gettime", arch.NR_clock_gettime, time.CLOCK_MONOTONIC, clock)
     brk = batch.call("brk", _NR_BRK, 0)
     securebits = batch.call("PR_GET_SECUREBITS", arch.NR_prctl, identity.PR_GET_SECUREBITS)
     dumpable = batch.call("PR_GET_DUMPABLE", arch.NR_prctl, identity.PR_GET_DUMPABLE)
@@ -109,8 +112,8 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
     thp = batch.call("PR_GET_THP_DISABLE", arch.NR_prctl, identity.PR_GET_THP_DISABLE, optional=True)
     lock_future = memory_lock.ask_future(batch, tracee.scratch)
     _, thread = threads.ask(batch, pid, frozen.registers[pid], frozen.stopped[pid])
-    captured_at = time.monotonic_ns() + namespace_offset(pid)[0]
     outcome = tracee.run(pid, batch, frozen.registers[pid])
+    seconds, nanoseconds = struct.unpack("<qq", outcome.read(clock, 16))
     status = procfs.status(pid)
     state = ProcessState(
         threads=[],
@@ -132,7 +135,7 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
         child_subreaper=struct.unpack("<i", outcome.read(subreaper_at, 4))[0],
         thp_disable=max(0, outcome.results[thp]),
         lock_future=lock_future(outcome),
-        captured_at=captured_at,
+        captured_at=seconds * 1_000_000_000 + nanoseconds,
     )
     return state, _finish(thread(outcome), frozen, pid)
 

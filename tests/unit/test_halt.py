@@ -160,7 +160,7 @@ def test_a_wait_is_known_however_often_it_was_interrupted() -> None:
                 wait_for(lambda: asleep() is not None, "it to sleep again")
             assert registers.orig_rax == arch.NR_restart_syscall
             now = asleep()
-            assert now is not None and now.since > first.since
+            assert now is not None and now.switches > first.switches
             registers, since = halt.waits.recall(program.pid, registers, now)
         assert registers.orig_rax == arch.NR_poll
         assert since is not None and since.since == first.since
@@ -170,8 +170,10 @@ def test_a_wait_is_known_however_often_it_was_interrupted() -> None:
 
 
 def test_a_process_that_is_gone() -> None:
-    child = subprocess.Popen(["true"])
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert child.stdin is not None
     with halting(child.pid) as halt:
+        child.stdin.close()
         wait_for(lambda: procfs.stat(child.pid).state == "Z", "its end")
         with pytest.raises(ProcessLookupError), halt:
             pass

@@ -55,6 +55,7 @@ NR_timer_settime: Final = 223
 NR_timer_gettime: Final = 224
 NR_timer_getoverrun: Final = 225
 NR_timer_delete: Final = 226
+NR_clock_gettime: Final = 228
 NR_clock_nanosleep: Final = 230
 NR_epoll_wait: Final = 232
 NR_epoll_ctl: Final = 233

@@ -81,14 +81,22 @@ class FrozenMove:
     def __init__(self, session: RedisSession) -> None:
         self.lab, self.pid = session.lab, session.server.pid
         self.outside = self.lab.pid_outside("alpha", self.pid)
-        options = ("--json", "--verify", "--freeze-timeout", "60s")
+        # slow enough that its parts are found before it freezes, and then still for a while
+        options = ("--json", "--verify", "--freeze-timeout", "60s", "--bandwidth", "10MB")
         self.move = self.lab.attend("alpha", "migrate", "move", self.pid, "beta", *options)
-        until(lambda: len(self.agents("beta", "destination")) == 1, "the destination's agent", 60)
-        (self.destination,) = self.agents("beta", "destination")
+        self.destination = 0
+        until(self._find, "the destination's agent", 60)
         until(self._hold, "the freeze", 120)
 
     def agents(self, host: str, part: str) -> list[int]:
         return [self.lab.pid_outside(host, pid) for pid in self.lab.agents(host, part)]
+
+    def _find(self) -> bool:
+        """It forks for a moment while it makes the shadow."""
+        found = self.agents("beta", "destination")
+        if len(found) == 1:
+            self.destination = found[0]
+        return bool(self.destination)
 
     def _hold(self) -> bool:
         assert self.move.poll() is None, self.move.communicate()
@@ -98,8 +106,10 @@ class FrozenMove:
         return True
 
     def kill(self, *parts: str) -> None:
-        for victim in [pid for part in parts for pid in self.agents("alpha", part)]:
-            os.kill(victim, signal.SIGKILL)
+        victims = [pid for part in parts for pid in self.agents("alpha", part)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # at the same time: none can answer the other's end
+            for victim in reversed(victims):
+                os.kill(victim, number)
         os.kill(self.destination, signal.SIGCONT)
 
     def outcome(self) -> tuple[int, str]:

@@ -1,9 +1,9 @@
 """What a person's tool and an agent say to each other: requests, events, reports.
 
-They travel over the agent's HTTP API (`agent/server`), whose document is made from the structs here: a request
-goes in, events come until a `Finished` one. Every struct here is also what `--json` prints, so a field, once
-published, keeps its name and unit. Sizes are bytes, durations are milliseconds where the name ends in `_ms`
-and seconds where it ends in `_s`, times are UTC.
+They travel over the agent's HTTP API (`agent/server`), whose document is made from the structs here: a
+request goes in, events come until a `Finished` one. Every struct here is also what `--json` prints, so a
+field, once published, keeps its name and unit. Sizes are bytes, durations are milliseconds where the name
+ends in `_ms` and seconds where it ends in `_s`, times are UTC.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MoveOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     bandwidth: int | None = None  # bytes per second on the link during pre-copy; None: no limit
     compression: Literal["zstd", "none"] = "zstd"
     compression_level: int = -3  # zstd; negative ones are faster
-    addresses: tuple[str, ...] | None = None  # service addresses to take over; None: those its connections use
+    addresses: tuple[str, ...] | None = None  # to take over; None: the service addresses its connections use
     verify: bool = False
     leave_stopped: bool = False
     copy_files: bool = False
@@ -206,7 +206,10 @@ Event = StateChanged | Progress | RoundFinished | Log | Finished | Checked
 
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """Who answers. `version` and `protocol` are here in every version, so that a tool of another one can tell."""
+    """Who answers.
+
+    `version` and `protocol` are here in every version, so that a tool of another one can tell.
+    """
 
     version: str
     protocol: int
@@ -223,7 +226,10 @@ class Connected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One migration. "lost": the service ended before it did; it was rolled back unless it had been committed."""
+    """One migration.
+
+    "lost": the service ended before it did; it was rolled back unless it had been committed.
+    """
 
     id: str
     request: Request

@@ -50,12 +50,18 @@ class Frozen:
         self.registers = self._settle(tracee.memory)
         # what the destination gets: a wait under its own number, and how much of it is left
         known = {tid: history.recall(tid, self.registers[tid], asleep.get(tid)) for tid in tids}
-        self.there = {tid: waits.identified(registers, tracee.memory) for tid, (registers, _) in known.items()}
+        self.there = {
+            tid: waits.identified(registers, tracee.memory) for tid, (registers, _) in known.items()
+        }
         waiting = {tid: known[tid][1] for tid in tids if waits.interrupted(self.there[tid])}
         clocks = waits.clocks({before.cpu for before in waiting.values() if before is not None})
         self.remaining = {
             tid: waits.remaining_ns(
-                self.there[tid], tracee.memory, before, waits.observe(tid), clocks.get(before.cpu) if before else None
+                self.there[tid],
+                tracee.memory,
+                before,
+                waits.observe(tid),
+                clocks.get(before.cpu) if before else None,
             )
             for tid, before in waiting.items()
         }

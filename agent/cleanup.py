@@ -1,12 +1,13 @@
 """What an agent that died has left in a running process, found and undone: `migrate-agent cleanup PID`.
 
-Everything of ours can be known by itself, so all that is needed is the process's number: the scratch mapping
-(`agent.scratch`), frames on its stack (`agent.visit`), a userfaultfd that was made for us, sockets under our filter
-(`agent.kernel.sock_filter`), which may be in repair. Packet sockets, duplicates of descriptors and the watching of
-memory ended with the agent. Nothing else is touched; what is not there is not undone, so it may be done again.
+Everything of ours can be known by itself, so all that is needed is the process's number: the scratch
+mapping (`agent.scratch`), frames on its stack (`agent.visit`), a userfaultfd that was made for us, sockets
+under our filter (`agent.kernel.sock_filter`), which may be in repair. Packet sockets, duplicates of
+descriptors and the watching of memory ended with the agent. Nothing else is touched; what is not there is
+not undone, so it may be done again.
 
-A process that a living agent works on is left alone (Busy). So is one in doubt: it is stopped with its sockets held
-because its copy may live elsewhere, and a person has to decide (docs/operations.md).
+A process that a living agent works on is left alone (Busy). So is one in doubt: it is stopped with its
+sockets held because its copy may live elsewhere, and a person has to decide (docs/operations.md).
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Leftovers(msgspec.Struct):
 def clean(pid: int, born: int | None = None, resume: bool = False) -> list[str]:
     """Undo what an agent left in a process; what was undone, in words. Busy; OSError.
 
-    `born` (procfs.stat's starttime) tells the process from a later one with its number. Of a process that is gone
-    nothing is left. `resume`: one that is stopped goes on; a person has decided that.
+    `born` (procfs.stat's starttime) tells the process from a later one with its number. Of a process that is
+    gone nothing is left. `resume`: one that is stopped goes on; a person has decided that.
     """
     done: list[str] = []
     for _ in range(_ATTEMPTS):
@@ -116,13 +117,16 @@ def held_sockets(pid: int) -> list[int]:
     """Its TCP sockets that are under a filter of ours."""
     process = pidfd.open_process(pid)
     try:
-        return [fd for fd, link in procfs.fds(pid).items() if link.startswith("socket:") and _is_held(process, fd)]
+        return [
+            fd for fd, link in procfs.fds(pid).items() if link.startswith("socket:") and _is_held(process, fd)
+        ]
     finally:
         os.close(process)
 
 
 def _is_held(process: int, fd: int) -> bool:
-    with contextlib.suppress(OSError), _borrowed(process, fd) as ours:  # closed since, or with a filter of another kind
+    # OSError: closed since, or with a filter of another kind
+    with contextlib.suppress(OSError), _borrowed(process, fd) as ours:
         return tcp.held(ours)
     return False
 
@@ -150,7 +154,9 @@ def _refuse(pid: int, found: Leftovers) -> None:
 
 
 def _stopped(pid: int, found: Leftovers) -> str:
-    why = "its copy may live on another host: find out" if found.sockets else "nothing can be undone in it then"
+    why = (
+        "its copy may live on another host: find out" if found.sockets else "nothing can be undone in it then"
+    )
     return f"process {pid} is stopped, and {why}; if it shall go on here, clean up with --resume"
 
 
@@ -161,7 +167,8 @@ def _release(pid: int, fds: list[int]) -> Iterator[int]:
     process = pidfd.open_process(pid)
     try:
         for fd in fds:
-            with contextlib.suppress(OSError), _borrowed(process, fd) as ours:  # the process has closed it since
+            # OSError: the process has closed it since
+            with contextlib.suppress(OSError), _borrowed(process, fd) as ours:
                 tcp.release(ours)
                 yield fd
     finally:
@@ -209,7 +216,10 @@ def _leave(pid: int, memory: RemoteMemory, scratches: list[scratch.Found]) -> It
 
 
 def _wipe(pid: int, memory: RemoteMemory, frames: list[Range]) -> Iterator[str]:
-    """Frames below the main stack, while its thread stands still. What the stack has grown over is the program's now."""
+    """Frames below the main stack, while its thread stands still.
+
+    What the stack has grown over is the program's now.
+    """
     with visit.stopped(pid, memory):
         stack, pointer = visit.stack_of(pid), ptrace.get_registers(pid).rsp
         for frame in frames:

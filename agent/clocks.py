@@ -1,7 +1,7 @@
 """How far a process's clocks are ahead of the other host's: measured over the link, shortest round trip wins.
 
-The error is at most half that round trip; what it could make the clock step back is waited out before the process goes
-on, so CLOCK_MONOTONIC never goes back (`agent.destination`).
+The error is at most half that round trip; what it could make the clock step back is waited out before the
+process goes on, so CLOCK_MONOTONIC never goes back (`agent.destination`).
 """
 
 from __future__ import annotations

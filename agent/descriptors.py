@@ -1,7 +1,7 @@
 """A process's descriptors as open file descriptions, and what is common to all kinds that can be moved.
 
-Several descriptors may be one description (dup(2)): they share offset and flags, and are rebuilt as one. Each kind is one
-module under `agent.resources` with the functions of `Kind`; what no kind recognises is refused by name.
+Several descriptors may be one description (dup(2)): they share offset and flags, and are rebuilt as one. Each
+kind is one module in `agent.resources` with the functions of `Kind`; what none recognises is refused by name.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _socket_kind(ours: int) -> tuple[int, int, int]:
 
 
 def open_files(process: SourceProcess) -> list[OpenFile]:
-    """All descriptions of a process by their first descriptor; descriptors that are one description are together."""
+    """All descriptions of a process by their first descriptor; those that are one description together."""
     for _ in range(_ATTEMPTS - 1):
         try:
             return _open_files(process)
@@ -189,13 +189,13 @@ def _open_files(process: SourceProcess) -> list[OpenFile]:
 
 
 def _likeness(file: OpenFile) -> tuple[object, ...]:
-    """What two descriptors of one description have in common, and what is for ever: the cheap half of the comparison."""
+    """What two descriptors of one description have in common for ever: the cheap half of the comparison."""
     eventfd = next((value for name, value in file.info if name == "eventfd-id"), "")
     return file.link, file.inode, file.flags & os.O_ACCMODE, eventfd
 
 
 def _descriptions(pid: int, files: list[OpenFile]) -> list[OpenFile]:
-    """Some descriptors, each a file of its own, as descriptions. The kernel has them in an order (kcmp(2)): n log n."""
+    """Some descriptors, each its own file, as descriptions. The kernel orders them (kcmp(2)): n log n."""
     if len(files) == 1:
         return files
 
@@ -232,10 +232,14 @@ def common_blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
             )
         )
     if file.flags & 0o20000:  # FASYNC
-        found.append(Blocker(kind="signal-driven-io", what=file.name, why="O_ASYNC is set", hint="clear O_ASYNC"))
+        found.append(
+            Blocker(kind="signal-driven-io", what=file.name, why="O_ASYNC is set", hint="clear O_ASYNC")
+        )
     if file.flags & os.O_PATH:
         return found
     with_owner = fcntl.fcntl(process.duplicate(file.fd), fcntl.F_GETOWN) if stat.S_ISSOCK(file.mode) else 0
     if with_owner:
-        found.append(Blocker(kind="signal-driven-io", what=file.name, why="F_SETOWN is set", hint="clear F_SETOWN"))
+        found.append(
+            Blocker(kind="signal-driven-io", what=file.name, why="F_SETOWN is set", hint="clear F_SETOWN")
+        )
     return found

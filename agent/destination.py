@@ -4,8 +4,8 @@
                  \\____________\\___________\\____________\\________/
                  link closed, Failed, any error: the shadow is killed, nothing stays
 
-The stream is hostile until proven otherwise: page ranges must lie in the declared layout, mapped files are those that
-were compared, lengths are bounded by the decoder.
+The stream is hostile until proven otherwise: page ranges must lie in the declared layout, mapped files are
+those that were compared, lengths are bounded by the decoder.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class Incoming:
         self.rebuild: protocol.Rebuild | None = None
         self.live = False
         self._late: list[Notice] = []
-        self._stamps: dict[str, tuple[int, int, int] | None] = {}  # of files that we have for ourselves, when compared
+        # of files that we have for ourselves, when compared
+        self._stamps: dict[str, tuple[int, int, int] | None] = {}
         self._offer: protocol.Offer | None = None
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             protocol.Ping: self._ping,
@@ -143,7 +144,9 @@ class Incoming:
         blockers: list[Blocker] = []
         if offer.version != protocol.VERSION:
             why = f"the source speaks version {offer.version}, this agent {protocol.VERSION}"
-            blockers.append(Blocker(kind="version", what="protocol", why=why, hint="install the same version on both"))
+            blockers.append(
+                Blocker(kind="version", what="protocol", why=why, hint="install the same version on both")
+            )
         self.files = list(offer.files)
         self._offer = offer
         wanted = [*offer.files, *offer.opened]
@@ -205,7 +208,9 @@ class Incoming:
         self.shadow = Shadow(spawn(wanted, seed, _CHANNEL_FD))
         self.shadow.settle(offer.pid, code, seed_at, offer.specials, message.layout)
         self.shadow.make_threads(offer.tids)  # in the freeze only what changed
-        self.link.send(protocol.Prepared(pid=self.shadow.pid, new_pid_namespace=self.shadow.new_pid_namespace))
+        self.link.send(
+            protocol.Prepared(pid=self.shadow.pid, new_pid_namespace=self.shadow.new_pid_namespace)
+        )
 
     @property
     def _built(self) -> Shadow:
@@ -269,7 +274,9 @@ class Incoming:
             if file_resource.stamp(path) != stamp:
                 raise Refusal("file-changed", f"{path} was written to during the migration")
         self._phases = Phases("destination")
-        self._finishing = Finish(self._built, message, self.context, self.open_file, self._delta, self._phases)
+        self._finishing = Finish(
+            self._built, message, self.context, self.open_file, self._delta, self._phases
+        )
         self._finishing.begin()
         self._handlers |= {protocol.Threads: self._threads, Pages: self._last_pages}
 
@@ -296,7 +303,9 @@ class Incoming:
     def _verify(self, message: protocol.Verify) -> None:
         assert self.rebuild is not None
         others = check_rest(self._built, message, self.rebuild) if message.last else []
-        self.link.send(protocol.Verified(memory=check_verify(self._built, message), others=tuple(others[:20])))
+        self.link.send(
+            protocol.Verified(memory=check_verify(self._built, message), others=tuple(others[:20]))
+        )
 
     def _commit(self, message: protocol.Commit) -> None:
         """From here on there is no way back: whatever fails is said, and the process lives."""
@@ -331,7 +340,7 @@ class Incoming:
         self.network.announce_again()
 
     def close(self) -> None:
-        """Roll back what is not live; close what is ours. Rebuilt sockets are under repair and close silently."""
+        """Roll back what is not live; close what is ours. Rebuilt sockets, under repair, close silently."""
         if self.shadow is not None and not self.live:
             self.shadow.destroy()
         self._let_go()
@@ -365,10 +374,14 @@ def _cpu_blockers(offer: protocol.Offer) -> list[Blocker]:
     absent = sorted(set(offer.cpu_flags) - set(inventory.cpu_flags()))
     if absent:
         why = f"the destination's CPU lacks {', '.join(absent)}"
-        found.append(Blocker(kind="cpu-features", what="CPU", why=why, hint="choose a host with the same CPU"))
+        found.append(
+            Blocker(kind="cpu-features", what="CPU", why=why, hint="choose a host with the same CPU")
+        )
     if offer.vdso_digest and offer.vdso_digest != inventory.own_vdso_digest():
         why = "the destination's kernel has another vDSO"
-        found.append(Blocker(kind="vdso-differs", what="vDSO", why=why, hint="run the same kernel on both hosts"))
+        found.append(
+            Blocker(kind="vdso-differs", what="vDSO", why=why, hint="run the same kernel on both hosts")
+        )
     return found
 
 

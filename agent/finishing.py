@@ -1,7 +1,8 @@
 """The last part of building a shadow, in the freeze: descriptors, threads, settings, registers.
 
-The order is fixed by what takes something away: descriptors and threads need our privileges, credentials end them, rseq
-lets the kernel write into the process, and leaving the scratch ends our ability to make it do anything.
+The order is fixed by what takes something away: descriptors and threads need our privileges,
+credentials end them, rseq lets the kernel write into the process, and leaving the scratch ends our
+ability to make it do anything.
 """
 
 from __future__ import annotations
@@ -81,7 +82,10 @@ class Finish:
         self._phases.mark("threads")
 
     def end(self) -> list[Notice]:
-        """Afterwards the shadow is whole, stopped, and has nothing of ours in it. With its credentials our rights end."""
+        """Afterwards the shadow is whole, stopped, and has nothing of ours in it.
+
+        With its credentials our rights end.
+        """
         shadow, state = self._shadow, self._state
         if sorted(t.tid for t in state.threads) != sorted(state.tids):
             raise ProtocolError(f"{len(state.threads)} threads where {len(state.tids)} were announced")
@@ -130,7 +134,9 @@ class Finish:
 def _descriptors(shadow: Shadow, message: protocol.Rebuild, context: Rebuilding, executable: int) -> int:
     """Place all descriptors; the number under which the executable is open for the moment."""
     # listeners before connections, which share their port
-    order = sorted(range(len(message.descriptors)), key=lambda i: not kinds.is_listener(message.descriptors[i]))
+    order = sorted(
+        range(len(message.descriptors)), key=lambda i: not kinds.is_listener(message.descriptors[i])
+    )
     rebuilt = {i: kinds.rebuild(message.descriptors[i], context) for i in order}
     ours = [rebuilt[i] for i in range(len(order))]
     keep = {fd for fd, _ in context.sockets}
@@ -182,7 +188,7 @@ def _check_timers(state: ProcessState, numbers: list[int]) -> None:
 
 
 def _memory_map(batch: Batch, state: ProcessState, executable: int) -> None:
-    """PR_SET_MM_MAP: where text, data, heap, stack, arguments are; the auxiliary vector; /proc/PID/exe (prctl(2))."""
+    """PR_SET_MM_MAP (prctl(2)): where text, data, heap, stack and arguments are; auxv; /proc/PID/exe."""
     auxv = batch.put(state.auxv)
     m = state.memory
     fields = (
@@ -191,7 +197,9 @@ def _memory_map(batch: Batch, state: ProcessState, executable: int) -> None:
     )
     structure = struct.pack("<11QQII", *fields, auxv, len(state.auxv), executable)
     place = batch.put(structure)
-    batch.call("PR_SET_MM_MAP", NR_prctl, identity.PR_SET_MM, identity.PR_SET_MM_MAP, place, len(structure), 0)
+    batch.call(
+        "PR_SET_MM_MAP", NR_prctl, identity.PR_SET_MM, identity.PR_SET_MM_MAP, place, len(structure), 0
+    )
 
 
 def _oom_score(shadow: Shadow, state: ProcessState) -> list[Notice]:

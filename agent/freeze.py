@@ -1,7 +1,8 @@
 """The frozen source: stopped, locked, captured — and thawed or buried.
 
-Until `commit` the tasks are held by plain PTRACE_SEIZE: if we die the kernel lets them run. `commit` sets EXITKILL on
-every one: from then on our death is theirs, never their resumption (docs/architecture.md, "Exactly one live copy").
+Until `commit` the tasks are held by plain PTRACE_SEIZE: if we die the kernel lets them run. `commit` sets
+EXITKILL on every one: from then on our death is theirs, never their resumption (docs/architecture.md,
+"Exactly one live copy").
 """
 
 from __future__ import annotations
@@ -65,12 +66,16 @@ class FrozenProcess:
         self.longest_attempt_ms = 0.0  # of stops that were given up
         self.pending: Pending | None = None
         self.state: protocol.Rebuild | None = None
-        self._queued: dict[int, Counter[bytes]] = {}  # signals that the destination has, by thread; 0: the process's
+        # signals that the destination has, by thread; 0: the process's
+        self._queued: dict[int, Counter[bytes]] = {}
 
     # --- freeze ---
 
     def stop(self) -> None:
-        """Stop every task and lock the network; tried again while a connection is being accepted or a child lives."""
+        """Stop every task and lock the network.
+
+        Tried again while a connection is being accepted or a child lives.
+        """
         for attempt in range(_ATTEMPTS):
             try:
                 self._stop_once()
@@ -108,10 +113,12 @@ class FrozenProcess:
         """End a phase; TimeoutError once the freeze has lasted longer than it may."""
         self.phases.mark(phase)
         if time.monotonic() > self.deadline:
-            raise TimeoutError(f"the freeze takes longer than its limit of {self._options.freeze_timeout_ms:.0f} ms")
+            raise TimeoutError(
+                f"the freeze takes longer than its limit of {self._options.freeze_timeout_ms:.0f} ms"
+            )
 
     def _look_again(self) -> None:
-        """What was checked before must still hold; it had all of the pre-copy to change. NotStill, Unmovable."""
+        """What was checked must still hold; it had all of the pre-copy to change. NotStill, Unmovable."""
         if self._rounds.program_changed():
             raise Unmovable("process-executed", "it made itself another program (execve)")
         if any(signals.number_of(ptrace.get_siginfo(tid)) != signal.SIGTRAP for tid in self.tids):
@@ -121,8 +128,8 @@ class FrozenProcess:
         _refuse(b for file in new for b in kinds.blockers(file, self._process))
 
     def check_settings(self) -> None:
-        """Children, seccomp, credentials, namespaces: asked before the stop, when it costs nothing, and here, while the
-        destination rebuilds, for what came in between. NotStill.
+        """Children, seccomp, credentials, namespaces: asked before the stop, when it costs nothing, and here,
+        while the destination rebuilds, for what came in between. NotStill.
         """
         _refuse(inventory.lasting_blockers(self.pid))
 
@@ -198,7 +205,7 @@ class FrozenProcess:
         self._mark("threads")
 
     def late_signals(self) -> list[tuple[int, bytes]]:
-        """What was queued since the capture, or the last call: (thread in its own number, 0 for the process; siginfo).
+        """What was queued since the capture or the last call: (thread's own number, 0: the process; siginfo).
 
         Captured timers go on over there, so what they queue here meanwhile would be theirs twice.
         """
@@ -246,12 +253,13 @@ class FrozenProcess:
             return
         try:
             ptrace.set_registers(tid, self._registers(tid))
-        except ProcessLookupError:  # not stopped yet: asleep where nothing interrupts it (vfork, a hanging file system)
+        except ProcessLookupError:
+            # not stopped yet: asleep where nothing interrupts it (vfork, a hanging file system)
             wait_event_stop(tid, deadline)
             ptrace.set_registers(tid, self._registers(tid))
 
     def _registers(self, tid: int) -> Registers:
-        """With which a thread goes on as if it had not been stopped, also if the freeze ended before it knew."""
+        """With which a thread goes on as if never stopped, also if the freeze ended before it knew."""
         if self.facts is not None and tid in self.facts.registers:
             return self.facts.registers[tid]
         pending = signals.pending_of_process(self.pid) + signals.pending_of_thread(tid)

@@ -35,7 +35,7 @@ class Halt:
         self.waits = waits.History()
 
     def __enter__(self) -> None:
-        """TimeoutError if a thread does not stop in any of some attempts over four seconds; ProcessLookupError."""
+        """TimeoutError if a thread stops in none of some attempts over four seconds; ProcessLookupError."""
         for attempt in range(_ATTEMPTS):
             self._asleep = {tid: waits.observe(tid) for tid in procfs.threads(self.pid)}
             self._began = time.perf_counter()
@@ -87,7 +87,7 @@ class Halt:
         self._awaited.discard(tid)
 
     def _give_up(self) -> None:
-        """Only a stopped thread can be let go; one that does not stop at all is let go by the kernel when we end."""
+        """Only a stopped thread can be let go; one that never stops is let go by the kernel when we end."""
         for tid in sorted(self._awaited):
             with contextlib.suppress(TimeoutError, ProcessLookupError):
                 self._await(tid, time.monotonic() + _LAST_SECONDS)

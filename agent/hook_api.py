@@ -1,6 +1,6 @@
 """What is said with a host that is to be emptied: which processes are meant, and what came of each.
 
-Like agent/api.py: what `--json` prints and what the agent's HTTP API carries. A field keeps its name and unit.
+Like agent/api.py: what `--json` prints and the agent's HTTP API carries. A field keeps its name and unit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ class Select(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Selected(msgspec.Struct, frozen=True, kw_only=True):
-    """A process of the host. `started`: clock ticks since boot, which tell it from a later one with its number."""
+    """A process of the host.
+
+    `started`: clock ticks since boot, which tell it from a later one with its number.
+    """
 
     pid: int
     name: str
@@ -52,7 +55,8 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     plan: dict[str, Any] | None = None
     plan_file: str | None = None  # an absolute path
-    host: str | None = None  # what the plan calls this host, if not by its own name; "local": the caller is here
+    # what the plan calls this host, if not by its own name; "local": the caller is here
+    host: str | None = None
     destinations: tuple[str, ...] | None = None  # instead of those of the plan's rules, the best first
     dry_run: bool = False  # check, and move nothing
     on_disconnect: Literal["abort", "continue"] = "abort"  # what becomes of it if the connection ends

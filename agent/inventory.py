@@ -1,4 +1,4 @@
-"""What a process is made of, read from outside, and every reason why it could not be moved. Touches nothing."""
+"""What a process is made of, read from outside, and every reason why it cannot be moved. Touches nothing."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ def examine(process: SourceProcess) -> Inventory:
 
 def _unmovable(pid: int, status: dict[str, str], found: list[Blocker]) -> Inventory:
     return Inventory(
-        pid, command(pid), memory_bytes(status), procfs.threads(pid), [], FileTable(pid), -1, [], b"", [], "/",
-        False, found, [],
+        pid, command(pid), memory_bytes(status), procfs.threads(pid), [], FileTable(pid), -1, [], b"", [],
+        "/", False, found, [],
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def _process_blockers(pid: int, status: dict[str, str]) -> list[Blocker]:
 
 
 def lasting_blockers(pid: int) -> list[Blocker]:
-    """What the process may become at any time, and what is therefore asked again; some microseconds for each thread."""
+    """What the process may become at any time, so it is asked again; some microseconds for each thread."""
     found: list[Blocker] = []
     what = f"pid {pid}"
     children = procfs.children(pid)
@@ -153,7 +153,9 @@ def lasting_blockers(pid: int) -> list[Blocker]:
         found.append(_blocker("child-processes", what, why, "move a program of one process"))
     settings = set(procfs.each_thread(pid, lambda tid: procfs.settings(pid, tid)))
     if any(s.seccomp for s in settings):
-        found.append(_blocker("seccomp", what, "it runs under a seccomp filter", "start it without the sandbox"))
+        found.append(
+            _blocker("seccomp", what, "it runs under a seccomp filter", "start it without the sandbox")
+        )
     if len({s.credentials for s in settings}) > 1:
         found.append(_blocker("credentials", what, "its threads have different credentials"))
     cwd = os.readlink(f"/proc/{pid}/cwd")
@@ -174,7 +176,9 @@ def _namespace_blockers(pid: int) -> list[Blocker]:
     ]
     if procfs.namespace(pid, "mnt") != procfs.namespace(os.getpid(), "mnt") and not _under_our_reaper(pid):
         why = "it lives in another mount namespace than this agent (a container?)"
-        found.append(Blocker(kind="mnt-namespace", what=f"pid {pid}", why=why, hint="run the agent inside it"))
+        found.append(
+            Blocker(kind="mnt-namespace", what=f"pid {pid}", why=why, hint="run the agent inside it")
+        )
     if os.readlink(f"/proc/{pid}/root") != "/":
         found.append(Blocker(kind="chroot", what=f"pid {pid}", why="its root directory is not /"))
     return found

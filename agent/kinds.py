@@ -75,11 +75,15 @@ def _refusal(file: OpenFile) -> Blocker:
         if os.major(file.device) in _TTY_MAJORS:
             hint = "start it detached, with its output in a file"
             return Blocker(kind="terminal", what=file.name, why="a terminal of this host", hint=hint)
-        return Blocker(kind="device", what=file.name, why="a device of this host", hint="close it before moving")
+        return Blocker(
+            kind="device", what=file.name, why="a device of this host", hint="close it before moving"
+        )
     for prefix, (kind, why, hint) in REFUSED.items():
         if file.link.startswith(prefix):
             return Blocker(kind=kind, what=file.name, why=why, hint=hint)
-    return Blocker(kind="unknown-descriptor", what=file.name, why="this kind is not known here", hint="close it")
+    return Blocker(
+        kind="unknown-descriptor", what=file.name, why="this kind is not known here", hint="close it"
+    )
 
 
 def _socket_refusal(file: OpenFile) -> Blocker:
@@ -87,7 +91,11 @@ def _socket_refusal(file: OpenFile) -> Blocker:
     names = {int(f): f.name.removeprefix("AF_").lower() for f in socket.AddressFamily}
     types = {1: "stream", 2: "datagram", 3: "raw", 5: "seqpacket"}
     name = names.get(family, f"family {family}")
-    what = {"unix": "unix", "inet": "udp" if protocol == 17 else "raw", "inet6": "udp" if protocol == 17 else "raw"}
+    what = {
+        "unix": "unix",
+        "inet": "udp" if protocol == 17 else "raw",
+        "inet6": "udp" if protocol == 17 else "raw",
+    }
     return Blocker(
         kind=f"{what.get(name, name)}-socket",
         what=file.name,

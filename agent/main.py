@@ -17,7 +17,9 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--idle-exit", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="End when unused so long.")
+@click.option(
+    "--idle-exit", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="End when unused so long."
+)
 @click.option("--verbose", "-v", count=True, help="Log what engines and agents say, not only states.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def serve(idle_exit: float | None, verbose: int, log_format: str) -> None:
@@ -94,12 +96,17 @@ def ps(measure: bool) -> None:
 
 @main.command()
 @click.argument("pid", type=click.IntRange(1))
-@click.option("--resume", is_flag=True, help="If it is stopped (in doubt), let it go on: you know that no copy of it runs.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="If it is stopped (in doubt), let it go on: you know that no copy of it runs.",
+)
 def cleanup(pid: int, resume: bool) -> None:
     """Undo what an agent that was killed has left in process PID, and say what that was.
 
-    Nothing but the agent's own is touched. Exits with 75 for a process that an agent works on now, and for one
-    that is stopped in doubt. Needed only where front and engine were killed together, or after being in doubt.
+    Nothing but the agent's own is touched. Exits with 75 for a process that an agent works on now,
+    and for one that is stopped in doubt. Needed only where front and engine were killed together,
+    or after being in doubt.
     """
     from agent import cleanup as cleaning
 

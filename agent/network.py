@@ -1,8 +1,9 @@
-"""The network side of a migration on either host: which addresses move, sockets locked and let go, packets kept.
+"""The network side of a migration on either host: which addresses move, sockets locked, let go, packets kept.
 
-Order, so that no peer ever sees a reset or an answer from the wrong host: on the source, capture starts before the first
-lock; the address is withdrawn right after COMMIT was sent and before the sockets are closed (under repair: silently). On
-the destination, the address is installed after COMMIT, then the sockets are activated, then neighbours are told.
+Order, so that no peer ever sees a reset or an answer from the wrong host: on the source, capture starts
+before the first lock; the address is withdrawn right after COMMIT was sent and before the sockets are closed
+(under repair: silently). On the destination, the address is installed after COMMIT, then the sockets are
+activated, then neighbours are told.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ class SourceNetwork:
         return False
 
     def unlock(self) -> None:
-        """Roll back: every socket as it was, and what arrived meanwhile arrives now. Each step is done, whatever fails."""
+        """Roll back: every socket as it was, and what arrived meanwhile arrives now.
+
+        Each step is done, whatever fails.
+        """
         with contextlib.ExitStack() as steps:
             if self._capture is not None:
                 steps.callback(self._replay, self._capture)
@@ -135,7 +139,7 @@ class SourceNetwork:
             replay(capture.drain(), [a.address for a in self.addresses])
 
     def give_up(self) -> None:
-        """In doubt: another host may have the connections. They stay locked, and the addresses away from here."""
+        """In doubt: another host may have the connections. They stay locked, the addresses away from here."""
         if not self._withdrawn:
             self.withdraw()
         self._locked.clear()
@@ -201,7 +205,7 @@ class DestinationNetwork:
         return tuple(address.address for address, _ in self._places)
 
     def take_over(self, sockets: list[tuple[int, tcp.TcpSocket]]) -> list[Notice]:
-        """After COMMIT: addresses here, sockets alive, neighbours told. What fails is said: there is no way back."""
+        """After COMMIT: addresses here, sockets alive, neighbours told. What fails is said; no way back."""
         notices: list[Notice] = []
 
         def attempt(what: str, action: Callable[[], object]) -> None:
@@ -215,7 +219,10 @@ class DestinationNetwork:
         for fd, state in sockets:
             attempt(f"socket {state.local}", partial(tcp.activate, fd, state))
         for address, interface in self._places:
-            attempt(f"announcing {address.address}", partial(service_address.announce, address, interface, self._announcer))
+            attempt(
+                f"announcing {address.address}",
+                partial(service_address.announce, address, interface, self._announcer),
+            )
         return notices
 
     def replay(self, packets: list[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Sets of pages as one byte per page and mapping: fast where Python is slow, a quarter of a megabyte for a GiB."""
+"""Sets of pages as one byte per page and mapping: fast where Python is slow, a quarter of a MiB for a GiB."""
 
 from __future__ import annotations
 

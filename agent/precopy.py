@@ -1,8 +1,9 @@
 """Pre-copy: whether to send another round or to freeze. Pure policy, fed with numbers, no I/O.
 
-A round sends what the process wrote while the round before was on its way. The pause is estimated as what would have
-to be sent in it at the measured throughput, plus the fixed cost of a freeze. Rounds go on as long as they make the pause
-clearly shorter, and end when the limit is kept and another round would gain little, or when they gain nothing at all.
+A round sends what the process wrote while the round before was on its way. The pause is estimated as what
+would have to be sent in it at the measured throughput, plus the fixed cost of a freeze. Rounds go on as long
+as they make the pause clearly shorter, and end when the limit is kept and another round would gain little, or
+when they gain nothing at all.
 """
 
 from __future__ import annotations

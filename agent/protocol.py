@@ -24,8 +24,8 @@
     Late ...          ------------------->   packets and signals that arrived for it while it was frozen
                       <-------------------   Done
 
-At any time before Commit either end may close the link, or send Failed, and the migration is off. A version speaks with
-itself and the one before; the Offer carries it.
+At any time before Commit either end may close the link, or send Failed, and the migration is off. A version
+speaks with itself and the one before; the Offer carries it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Pre-copy on the source: tracking set up in one short stop, then rounds of scan, layout, pages, discards.
 
-Order inside a round: scan first (protect, then read), the mappings after it. A page that the scan saw and the mappings no
-longer have is gone; a mapping that the scan did not see yet is not watched, and its pages count as written next time.
+Order inside a round: scan first (protect, then read), the mappings after it. A page that the scan saw and
+the mappings no longer have is gone; a mapping that the scan did not see yet is not watched, and its pages
+count as written next time.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Rounds:
     # --- the one stop before the freeze ---
 
     def start_tracking(self) -> None:
-        """Map the scratch, and get a userfaultfd of the process where that is the way to follow its writes."""
+        """Map the scratch; get a userfaultfd of the process where that is the way to follow its writes."""
         lines = procfs.maps(self.pid)
         self._excluded = [(m.start, m.end) for m in mappings.specials(lines)]
         address = scratch.choose(lines)
@@ -138,7 +139,7 @@ class Rounds:
         self._excluded = sorted([*self._excluded, self.scratch])
 
     def _inject(self, tid: int, frame: Range) -> int | None:
-        """Our duplicate of a userfaultfd of the process; `frame`, which is not needed any more, is given back."""
+        """Our duplicate of a userfaultfd of the process; `frame`, not needed any more, is given back."""
         batch = self.tracee.batch()
         if mechanism() is Mechanism.USERFAULTFD:
             batch.call("userfaultfd", arch.NR_userfaultfd, _UFFD_FLAGS, optional=True)
@@ -215,7 +216,9 @@ class Rounds:
         mapped = [(m.start, m.end) for m in self.layout]
         return Pending(intersection(found.written, mapped), PageSet(found.present), seconds)
 
-    def send(self, number: int, pending: Pending, dirty_rate: float, paced: Callable[[int, int], None]) -> Round:
+    def send(
+        self, number: int, pending: Pending, dirty_rate: float, paced: Callable[[int, int], None]
+    ) -> Round:
         """One round: layout, discards, pages; done when the destination says so."""
         began, bytes_before = time.monotonic(), self.link.bytes_sent
         sending_before = self.link.sending_s
@@ -223,7 +226,7 @@ class Rounds:
         sent_at, sending = time.monotonic(), self.link.sending_s - sending_before
         self.link.send(protocol.RoundEnd(number))
         self.link.expect(protocol.RoundDone)
-        # what was in buffers when all was sent counts too: that is the time until the last byte was dealt with
+        # what was in buffers when all was sent counts too: it is the time until the last byte was dealt with
         self.encoder.observe(self.link.bytes_sent - bytes_before, sending + time.monotonic() - sent_at)
         round_ = Round(
             number=number,
@@ -236,7 +239,9 @@ class Rounds:
         self.history.append(round_)
         return round_
 
-    def send_memory(self, pending: Pending, frozen: bool, paced: Callable[[int, int], None]) -> tuple[int, int]:
+    def send_memory(
+        self, pending: Pending, frozen: bool, paced: Callable[[int, int], None]
+    ) -> tuple[int, int]:
         """Layout, discards and pages; (pages sent, pages discarded)."""
         self.announce_layout()
         gone = self.sender.held.without(pending.present).ranges()
@@ -268,7 +273,7 @@ class Rounds:
     # --- in the freeze ---
 
     def program_changed(self) -> bool:
-        """Whether the address space is another than the one that we watched, by execve(2); nothing of ours is in it then.
+        """Whether execve(2) has replaced the address space that we watched; nothing of ours is in it then.
 
         An open /proc/PID/mem stays with the old one, where our code was, and reads nothing once that is gone.
         """

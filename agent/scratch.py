@@ -4,7 +4,7 @@ An agent may die at any moment, so what it leaves must be known for ours by itse
 
 - Its address is one of few (_STRIDE apart, _OFFSET from a multiple) and its size is SCRATCH_SIZE.
 - Then it is either as mmap(2) made it, one private anonymous mapping of which no page was ever touched,
-- or it begins with a label, which also names its owner: the engine's process, by pid, start time and pid namespace.
+- or it begins with a label, which also names its owner: the engine, by pid, start time and pid namespace.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _READ_WRITE: Final = procfs.PROT_READ | procfs.PROT_WRITE
 _READ_EXECUTE: Final = procfs.PROT_READ | procfs.PROT_EXEC
 USERFAULTFD: Final = "anon_inode:[userfaultfd]"
 
-Call = Callable[..., int]  # (what, number, *arguments) -> result: one call of a stopped thread, `visit.Caller.call`
+# (what, number, *arguments) -> result: one call of a stopped thread, `visit.Caller.call`
+Call = Callable[..., int]
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -85,7 +86,8 @@ def choose(lines: list[MapsLine]) -> int:
     for low, high in sorted(gaps, key=lambda gap: gap[0] - gap[1]):
         middle = (low + high) // 2 // _STRIDE * _STRIDE + _OFFSET
         for address in (middle, middle - _STRIDE):
-            if low < address and address + SCRATCH_SIZE < high:  # never next to a mapping, so never merged with one
+            # never next to a mapping, so never merged with one
+            if low < address and address + SCRATCH_SIZE < high:
                 return address
     raise NoFoothold("the address space is full")
 
@@ -117,7 +119,10 @@ def unmap(found: Found, call: Call) -> None:
 
 
 def find(pid: int, memory: RemoteMemory) -> list[Found]:
-    """Scratch mappings in a process, whoever made them. Touches nothing, and reads no page that was never touched."""
+    """Scratch mappings in a process, whoever made them.
+
+    Touches nothing, and reads no page that was never touched.
+    """
     lines = procfs.maps(pid)
     starts = (position for position, line in enumerate(lines) if line.start % _STRIDE == _OFFSET)
     found = (_recognise(pid, memory, lines[position : position + _PARTS]) for position in starts)
@@ -137,7 +142,10 @@ def _recognise(pid: int, memory: RemoteMemory, lines: list[MapsLine]) -> Found |
 
 
 def left_open(pid: int, memory: RemoteMemory, found: Found) -> int | None:
-    """The process's userfaultfd that was made for us and not closed again, by what the batches in the scratch say."""
+    """The process's userfaultfd that was made for us and not closed again.
+
+    By what the batches in the scratch say.
+    """
     at = found.start + TABLE
     if found.owner is None or untouched(pid, at, at + PAGE):
         return None

@@ -38,12 +38,16 @@ class PageSender:
         self.drop: int | None = None  # for the test that proves --verify able to fail
 
     def send(
-        self, ranges: Sequence[Range], layout: Sequence[Mapping], frozen: bool, paced: Callable[[int, int], None]
+        self,
+        ranges: Sequence[Range],
+        layout: Sequence[Mapping],
+        frozen: bool,
+        paced: Callable[[int, int], None],
     ) -> tuple[int, list[Range]]:
         """Send the pages of `ranges`; (pages sent, ranges found to be zero).
 
-        `paced(pages, bytes)` is called after each chunk with what it was. While the process runs a page may be gone by
-        the time it is read: it is skipped, the next scan tells. From a frozen one that is Vanished.
+        `paced(pages, bytes)` is called after each chunk with what it was. While the process runs, a page may
+        be gone when it is read: it is skipped, the next scan tells. From a frozen one that is Vanished.
         """
         sent, zeros = 0, PageSet()
         self._observed = (self._link.bytes_sent, self._link.sending_s)
@@ -100,7 +104,10 @@ class PageSender:
         return data[: len(data) // PAGE * PAGE]
 
     def _send_chunk(self, part: list[Range], keep_zeros: bool, zeros: PageSet) -> int:
-        kept, data = (part, memoryview(self._buffer)[: _size(part)]) if keep_zeros else self._without_zeros(part, zeros)
+        if keep_zeros:
+            kept, data = part, memoryview(self._buffer)[: _size(part)]
+        else:
+            kept, data = self._without_zeros(part, zeros)
         if self.drop is not None:
             kept, data = _without_page(kept, data, self.drop)
         if not kept:

@@ -1,8 +1,8 @@
 """The destination process under construction: address space, threads, descriptors, and at last its own life.
 
-Every step works on a real, stopped process held with EXITKILL: if this agent dies, so does the shadow. The order is
-fixed by what the kernel allows: mappings follow the source during pre-copy; threads, descriptors and settings come in
-the freeze; credentials and rseq last, since each of them takes something away from us.
+Every step works on a real, stopped process held with EXITKILL: if this agent dies, so does the shadow. The
+order is fixed by what the kernel allows: mappings follow the source during pre-copy; threads, descriptors and
+settings come in the freeze; credentials and rseq last, since each of them takes something away from us.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ class Shadow(Tracee):
 
     # --- birth ---
 
-    def settle(self, own_pid: int, code: int, seed_at: int, specials: Sequence[Special], planned: list[Mapping]) -> None:
-        """Leave the seed: a scratch of our own, nothing else mapped but the vDSO, at the source's addresses."""
+    def settle(
+        self, own_pid: int, code: int, seed_at: int, specials: Sequence[Special], planned: list[Mapping]
+    ) -> None:
+        """Leave the seed: a scratch of our own, nothing else mapped but the vDSO, where the source has it."""
         self.threads = {own_pid: self.pid}
         _, hard = resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK)
         resource.prlimit(self.pid, resource.RLIMIT_MEMLOCK, (hard, hard))
@@ -109,7 +111,7 @@ class Shadow(Tracee):
         self.adopt_scratch(home)
 
     def _clear(self, specials: Sequence[Special]) -> None:
-        """Unmap all but scratch and vDSO, and move the latter. Two steps each, lest old and new place overlap."""
+        """Unmap all but scratch and vDSO; move that. Two steps each, lest old and new place overlap."""
         keep = {s.name for s in specials}
         lines = [m for m in procfs.maps(self.pid) if m.name != "[vsyscall]" and m.start != self.scratch]
         ours = [m for m in lines if m.name in keep]
@@ -179,12 +181,14 @@ class Shadow(Tracee):
     # --- address space ---
 
     def follow(self, wanted: list[Mapping], open_file: Callable[[int], int]) -> None:
-        """Make the shadow's mappings those of the source; `open_file` gives our descriptor for an index of the files."""
+        """Make the mappings the source's; `open_file` gives our descriptor for an index of the files."""
         operations = layout.difference(self.layout, wanted)
         if not operations:
             return
         self._keep_scratch_clear(wanted)
-        files = sorted({o.mapping.file for o in operations if isinstance(o, layout.Map) and o.mapping.file >= 0})
+        files = sorted(
+            {o.mapping.file for o in operations if isinstance(o, layout.Map) and o.mapping.file >= 0}
+        )
         received = dict(zip(files, self.receive([open_file(f) for f in files]), strict=True))
         for first in range(0, len(operations), 256):
             batch = self.batch()
@@ -226,7 +230,9 @@ class Shadow(Tracee):
         flags |= MAP_NORESERVE if m.flags & Flag.NORESERVE else 0
         fd = -1 if m.anonymous else files[m.file]
         offset = 0 if m.anonymous else m.offset
-        batch.call(f"mmap {m.start:#x}", arch.NR_mmap, m.start, m.end - m.start, m.protection, flags, fd, offset)
+        batch.call(
+            f"mmap {m.start:#x}", arch.NR_mmap, m.start, m.end - m.start, m.protection, flags, fd, offset
+        )
         self._advise(batch, m.start, m.end, Flag(0), Flag(m.flags) & ~layout.IDENTITY)
 
     def _advise(self, batch: Batch, start: int, end: int, before: Flag, after: Flag) -> None:
@@ -238,14 +244,18 @@ class Shadow(Tracee):
         if changed & (Flag.LOCKED | Flag.LOCKONFAULT):
             if after & Flag.LOCKED:
                 on_fault = 1 if after & Flag.LOCKONFAULT else 0
-                call = batch.call(f"mlock {start:#x}", arch.NR_mlock2, start, end - start, on_fault, optional=True)
+                call = batch.call(
+                    f"mlock {start:#x}", arch.NR_mlock2, start, end - start, on_fault, optional=True
+                )
                 self._locking.append((call, start, end))
             else:
                 batch.call(f"munlock {start:#x}", arch.NR_munlock, start, end - start)
 
     def _check_locked(self, outcome: Outcome) -> None:
-        """mlock2(2) says ENOMEM also where it has locked memory that cannot be touched, such as a PROT_NONE guard."""
-        failed = [(outcome.results[call], start, end) for call, start, end in self._locking if outcome.results[call]]
+        """mlock2(2) says ENOMEM also where it has locked what cannot be touched, like a PROT_NONE guard."""
+        failed = [
+            (outcome.results[call], start, end) for call, start, end in self._locking if outcome.results[call]
+        ]
         if not failed:
             return
         locked = PageSet([(m.start, m.end) for m in procfs.smaps(self.pid) if "lo" in m.vmflags])
@@ -258,7 +268,7 @@ class Shadow(Tracee):
     # --- pages ---
 
     def write_pages(self, ranges: Sequence[Range], data: bytes | memoryview) -> None:
-        """Write `data` to `ranges` one after another; through protections where the mapping is not writable."""
+        """Write `data` to `ranges` one after another; through protections where a mapping is not writable."""
         address = address_of(data)
         done = 0
         rest = list(ranges)
@@ -301,7 +311,7 @@ class Shadow(Tracee):
     # --- threads ---
 
     def make_threads(self, wanted: Sequence[int]) -> None:
-        """Threads under their numbers, with nothing to do yet; those that are not wanted any more are ended."""
+        """Threads under their numbers, with nothing to do yet; those not wanted any more are ended."""
         for tid in set(self.threads) - set(wanted):
             self._end_thread(tid)
         missing = [tid for tid in wanted if tid not in self.threads]
@@ -335,7 +345,7 @@ class Shadow(Tracee):
     # --- the end of construction ---
 
     def interrupted_call(self, tid: int, batch: Batch, number: int, arguments: Sequence[int]) -> int:
-        """Let a thread make a call that would wait, with an interruption pending from its entry on; the result."""
+        """Let a thread make a call that would wait, an interruption pending from its entry on; the result."""
         self.load_data(batch)
         at = self.code + arch.find_syscall_offset(self.runner_code())
         registers = ptrace.get_registers(tid)
@@ -354,7 +364,9 @@ class Shadow(Tracee):
         batch = self.batch()
         batch.call("close channel", arch.NR_close, self._channel_fd)
         self.run(self.pid, batch)
-        self.single_syscall(self.pid, self._syscall_at(), "unmap scratch", arch.NR_munmap, self.scratch, SCRATCH_SIZE)
+        self.single_syscall(
+            self.pid, self._syscall_at(), "unmap scratch", arch.NR_munmap, self.scratch, SCRATCH_SIZE
+        )
         self.scratch = self.code = 0
         self._channel.close()
 
@@ -362,14 +374,18 @@ class Shadow(Tracee):
         """A syscall instruction outside the scratch."""
         lines = sorted(procfs.maps(self.pid), key=lambda m: m.name != "[vdso]")
         for line in lines:
-            if line.protection & procfs.PROT_EXEC and line.start != self.scratch and line.name != "[vsyscall]":
+            if (
+                line.protection & procfs.PROT_EXEC
+                and line.start != self.scratch
+                and line.name != "[vsyscall]"
+            ):
                 found = arch.find_syscall(self.memory.read(line.start, line.end - line.start))
                 if found is not None:
                     return line.start + found
         raise RuntimeError("the shadow has no syscall instruction")
 
     def queue_signals(self, queue: Sequence[tuple[int, bytes]]) -> list[Notice]:
-        """Signals that came after the state was captured: (thread, 0 for the process; siginfo). The scratch is gone."""
+        """Signals since the state was captured: (thread, 0: the process; siginfo). The scratch is gone."""
         if not queue:
             return []
         at = self._syscall_at()
@@ -377,7 +393,10 @@ class Shadow(Tracee):
         return [n for own, siginfo in queue for n in self._queue(at, own_pid, own, siginfo)]
 
     def _queue(self, at: int, own_pid: int, own: int, siginfo: bytes) -> list[Notice]:
-        """The task queues it to itself, as only it may (rt_sigqueueinfo(2)); the siginfo lies on its stack meanwhile."""
+        """The task queues it to itself, as only it may (rt_sigqueueinfo(2)).
+
+        The siginfo lies on its stack meanwhile.
+        """
         number = signals.number_of(siginfo)
         try:
             tid = self.threads[own or own_pid]
@@ -389,7 +408,9 @@ class Shadow(Tracee):
                     arguments = (own_pid, own, number, place)
                     self.single_syscall(tid, at, "rt_tgsigqueueinfo", arch.NR_rt_tgsigqueueinfo, *arguments)
                 else:
-                    self.single_syscall(tid, at, "rt_sigqueueinfo", arch.NR_rt_sigqueueinfo, own_pid, number, place)
+                    self.single_syscall(
+                        tid, at, "rt_sigqueueinfo", arch.NR_rt_sigqueueinfo, own_pid, number, place
+                    )
             finally:
                 self.memory.write(place, before)
         except (OSError, KeyError) as error:
@@ -436,4 +457,6 @@ class Shadow(Tracee):
 
 
 def _signal_lost(number: int, error: Exception) -> Notice:
-    return Notice(kind="signal-lost", message=f"signal {number}, sent in the pause, could not be delivered: {error}")
+    return Notice(
+        kind="signal-lost", message=f"signal {number}, sent in the pause, could not be delivered: {error}"
+    )

@@ -1,8 +1,9 @@
-"""Epoll entries that had fired (EPOLLONESHOT): in the shadow they are made to fire as well, for nothing else silences one.
+"""Epoll entries that had fired (EPOLLONESHOT): the shadow's are made to fire too; nothing else silences one.
 
-The shadow has them armed for every event. Most descriptions have one (room to write); those that have none are given
-one for a moment by their kind's `rouse(state, fd, shadow)`, which returns what takes it away again. The event is
-collected here, through our own duplicate of the epoll: nobody else waits on it, and it has no other entries yet.
+The shadow has them armed for every event. Most descriptions have one (room to write); those that have none
+are given one for a moment by their kind's `rouse(state, fd, shadow)`, which returns what takes it away
+again. The event is collected here, through our own duplicate of the epoll: nobody else waits on it, and it
+has no other entries yet.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def _silence(shadow: Shadow, process: int, fd: int, by_number: dict[int, Descrip
         for entry in _armed(watch):
             _fire(shadow, watch, by_number[entry.fd], pidfd.getfd(process, entry.fd))
         for entry in _armed(watch):
-            message = f"epoll {fd}: the fired one-shot entry of descriptor {entry.fd} cannot be made silent here"
+            message = (
+                f"epoll {fd}: the fired one-shot entry of descriptor {entry.fd} cannot be made silent here"
+            )
             raise Refusal("epoll-entry", message)
 
 

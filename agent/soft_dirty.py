@@ -1,17 +1,18 @@
-"""Which pages a running process wrote, by the soft-dirty bits of /proc/PID/pagemap: for kernels without PAGEMAP_SCAN.
+"""Pages a running process wrote, by the soft-dirty bits of /proc/PID/pagemap: for want of PAGEMAP_SCAN.
 
-The bits of all pages are cleared at once, and cannot be read and cleared in one step: what is written between the two
-would be lost. So the process is stopped for as long as it takes the kernel to copy out the entries and to clear the
-bits; the entries are looked at when it runs again.
+The bits of all pages are cleared at once, and cannot be read and cleared in one step: what is written between
+the two would be lost. So the process is stopped for as long as it takes the kernel to copy out the entries
+and to clear the bits; the entries are looked at when it runs again.
 
 The bit alone misses changes. So a page only counts as unwritten if besides
 
-- its entry names the same page frame as in the scan before: mremap(2) moves whole page tables and sets no bit in them,
-  MADV_DONTNEED and a read put the zero page there, KSM another page. That is why frame numbers must be shown
-  (CAP_SYS_ADMIN), and why a page that the scan before did not see counts as written whatever its bit says;
-- it is in a mapping that begins and ends where one did then. The kernel marks one that is new or grows as a whole, and as
-  long as it has that mark mprotect(2) makes its pages writable without a fault that would set their bits; but the mark
-  is lost when the mapping becomes part of a neighbour.
+- its entry names the same page frame as in the scan before: mremap(2) moves whole page tables and sets no
+  bit in them, MADV_DONTNEED and a read put the zero page there, KSM another page. That is why frame
+  numbers must be shown (CAP_SYS_ADMIN), and why a page that the scan before did not see counts as written
+  whatever its bit says;
+- it is in a mapping that begins and ends where one did then. The kernel marks one that is new or grows as a
+  whole, and as long as it has that mark mprotect(2) makes its pages writable without a fault that would set
+  their bits; but the mark is lost when the mapping becomes part of a neighbour.
 
 What is still missed: both undone between two scans, so that frames and mappings are as they were.
 """
@@ -93,7 +94,7 @@ class SoftDirty:
         return self._bits is not None
 
     def watch(self, lines: Sequence[MapsLine]) -> None:
-        """Bits are kept for every page; what is not mapped any more is forgotten, so that it is new if it comes back."""
+        """Bits are kept for every page; what is no longer mapped is forgotten, so new if it comes back."""
         self._before = self._before.cut_to([(m.start, m.end) for m in lines])
 
     def scan(self, files: Sequence[Range], excluded: Sequence[Range], protect: bool) -> Scan:
@@ -127,7 +128,7 @@ class SoftDirty:
         return words
 
     def _plan(self, anew: bool) -> None:
-        """Which blocks to read; thought over only if the mappings have changed, or `anew` where they may be empty."""
+        """Which blocks to read; thought over only if mappings changed, or `anew` where they may be empty."""
         maps = procfs.read(f"/proc/{self._pid}/maps")
         ranges = extents(maps)
         sparse = sum(end - start for start, end in ranges) > _SPARSE
@@ -283,7 +284,9 @@ class Snapshot:
 
     def cut_to(self, ranges: Sequence[Range]) -> Snapshot:
         """Only these ranges of it."""
-        return Snapshot([(low, self.entries(low, (high - low) // PAGE * 8)) for low, high in self._within(ranges)])
+        return Snapshot(
+            [(low, self.entries(low, (high - low) // PAGE * 8)) for low, high in self._within(ranges)]
+        )
 
     def _within(self, ranges: Sequence[Range]) -> list[Range]:
         return intersection([(at, at + len(data) // 8 * PAGE) for at, data in self.words], merged(ranges))
@@ -291,7 +294,9 @@ class Snapshot:
 
 def append(ranges: list[Range], start: int, marks: bytes) -> None:
     """The marks as ranges from `start` on, the first joined with the last that is there already."""
-    found = [(start + a * PAGE, start + b * PAGE) for a, b in (match.span() for match in _SET.finditer(marks))]
+    found = [
+        (start + a * PAGE, start + b * PAGE) for a, b in (match.span() for match in _SET.finditer(marks))
+    ]
     if ranges and found and ranges[-1][1] == found[0][0]:
         found[0] = (ranges.pop()[0], found[0][1])
     ranges += found

@@ -130,14 +130,16 @@ class Migration:
             error = Unmovable("process-executed", "it made itself another program (execve)")
         self._roll_back()
         if self.process is not None and _exited(self.process.pidfd):
-            error = Unmovable("process-ended", f"process {self.request.pid} ended by itself during the migration")
+            error = Unmovable(
+                "process-ended", f"process {self.request.pid} ended by itself during the migration"
+            )
         kind, where = _classify(error)
         self._finish(Outcome.ROLLED_BACK if touched else Outcome.REFUSED, error, kind, where)
         if not isinstance(error, Exception):
             raise error
 
     def _roll_back(self) -> None:
-        """Each step is done, whatever the others raise: what fails is said, and the report comes in any case."""
+        """Each step is done, whatever the others raise: what fails is said, the report comes in any case."""
         steps: list[tuple[str, Callable[[], None]]] = []
         if self.frozen is not None:
             steps.append(("resuming the process", self.frozen.thaw))
@@ -177,7 +179,9 @@ class Migration:
             total_s=round(time.monotonic() - self.started, 4),
         )
         if self.request.operation == "check" and outcome is Outcome.REFUSED and not blockers:
-            blocker = ApiBlocker(kind=kind, what=f"pid {self.request.pid}", why=_message(error) if error else "")
+            blocker = ApiBlocker(
+                kind=kind, what=f"pid {self.request.pid}", why=_message(error) if error else ""
+            )
             self.emit(Checked(result=self._check_result(None, [blocker], [])))
             return
         self.emit(Finished(report=self.report))
@@ -230,7 +234,9 @@ class Migration:
         self.link.send(self._offer(found))
         answer = self.link.expect(protocol.Answer)
         if answer.version != protocol.VERSION:
-            raise ProtocolError(f"the destination speaks version {answer.version}, this agent {protocol.VERSION}")
+            raise ProtocolError(
+                f"the destination speaks version {answer.version}, this agent {protocol.VERSION}"
+            )
         self.report = msgspec.structs.replace(self.report, destination=Endpoint(host=answer.host))
         blockers += answer.blockers
         notices += answer.notices
@@ -402,7 +408,9 @@ class Migration:
         """A file that the destination has for itself must still be what was compared."""
         for file in (*found.files.refs, *self._opened):
             if file.path in self._unshared and stamp(file.path) != file.stamp:
-                raise Unmovable("file-changed", f"{file.path} was written to during the migration; it is not shared")
+                raise Unmovable(
+                    "file-changed", f"{file.path} was written to during the migration; it is not shared"
+                )
 
     def _commit(self) -> None:
         assert self.frozen is not None and self.rounds is not None
@@ -434,7 +442,10 @@ class Migration:
         self.link.send(protocol.Late(self.network.captured(), signals, last))
 
     def _afterwards(self, frozen: FrozenProcess) -> tuple[Notice, ...]:
-        """It lives over there: late packets, the old copy, the destination's last word. Nothing here can undo that."""
+        """It lives over there: late packets, the old copy, the destination's last word.
+
+        Nothing here can undo that.
+        """
         assert self.rounds is not None
         gc.enable()
         try:

@@ -1,6 +1,6 @@
-"""How a shadow is born: a process with the wanted number, clocks and session, stopped before its first instruction.
+"""How a shadow is born: with the wanted number, clocks and session, stopped before its first instruction.
 
-    engine --fork--> helper: new time namespace; number taken? new pid and mount namespaces, with a reaper as pid 1
+    engine --fork--> helper: new time namespace; number taken? new pid and mount namespaces, a reaper as pid 1
                        --clone3(set_tid)--> child: says hello over the channel, waits, executes the seed
     engine: seizes the child (EXITKILL), lets it go on, and finds it stopped at exec.
 
@@ -77,7 +77,7 @@ def _numbers_free(numbers: set[int]) -> bool:
 
 
 def _hello(ours: socket.socket) -> int:
-    """The child's first message: its number as we see it (the kernel translates it, unix(7) SCM_CREDENTIALS)."""
+    """The child's first message: its number as we see it (the kernel translates, unix(7) SCM_CREDENTIALS)."""
     data, control, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(12))
     if not data.startswith(b"h"):
         raise SpawnFailed(data.decode("utf-8", "replace") or "the shadow ended at its birth")
@@ -138,7 +138,7 @@ def _child(wanted: Wanted, seed: bytes, theirs: socket.socket, channel_fd: int) 
 
 
 def _default_signals() -> None:
-    """What is ignored, and the mask, would go on into the seed. Raw calls: 32 and 33 are glibc's own (posix_spawn)."""
+    """What is ignored, and the mask, would go into the seed. Raw calls: 32, 33 are glibc's (posix_spawn)."""
     default = ctypes.create_string_buffer(32)
     for number in set(range(1, 65)) - {signal.SIGKILL, signal.SIGSTOP}:
         check(libc.syscall(arch.NR_rt_sigaction, number, default, None, 8), f"signal {number}")

@@ -1,7 +1,7 @@
 """The state of a frozen process: what the source captures and the destination rebuilds, besides memory.
 
-Everything is plain data (msgspec structs, msgpack on the link). Kernel structures travel as the kernel's own bytes where
-they mean the same on both hosts.
+Everything is plain data (msgspec structs, msgpack on the link). Kernel structures travel as the kernel's own
+bytes where they mean the same on both hosts.
 """
 
 from __future__ import annotations

@@ -244,7 +244,8 @@ class Supervisor:
         if cleaning.returncode == 0:
             return f"cleaned up ({', '.join(done) or 'nothing was left'})"
         why = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        return f"what it left is still there: {why}; run `migrate-agent cleanup {self._request.pid}` on the source"
+        remedy = f"run `migrate-agent cleanup {self._request.pid}` on the source"
+        return f"what it left is still there: {why}; {remedy}"
 
     def _outcome_by_state(self) -> Outcome:
         """What the last state that was seen says about a worker that is gone."""

@@ -1,7 +1,7 @@
 """Batches of many tasks of one process in one go: all are set going, then all are waited for.
 
-One after another, each costs a switch to the task and one back while everything else stands still; together they run
-beside each other and beside us. Each task gets a slot of the scratch for a wave:
+One after another, each costs a switch to the task and one back while everything else stands still; together
+they run beside each other and beside us. Each task gets a slot of the scratch for a wave:
 
     control (flag, timespec) and signal frame (park only) | data | table
 """
@@ -45,7 +45,7 @@ _TIMEOUT: Final = struct.pack("<QQQQ", 0, 0, PARK_SECONDS, 0).ljust(_CONTROL, b"
 
 
 class Job(msgspec.Struct):
-    """One task and what it shall do. `registers` are those that it has afterwards, `xstate` and `sigmask` stay."""
+    """One task and what it shall do. `registers` are those it has afterwards, `xstate` and `sigmask` stay."""
 
     tid: int
     batch: Batch
@@ -135,7 +135,9 @@ class _Wave:
         self._tracee.memory.write_from(address, [(start, start + len(content))])
 
     def _start(self, number: int, job: Job) -> Registers:
-        return arch.batch_registers(job.registers, self._tracee.code, self._table(number), len(job.batch.calls))
+        return arch.batch_registers(
+            job.registers, self._tracee.code, self._table(number), len(job.batch.calls)
+        )
 
     def _run_trapped(self) -> None:
         for number, job in enumerate(self._jobs):
@@ -197,7 +199,8 @@ class _Wave:
             data, table = self._data(number) - start, self._table(number) - start
             count = len(job.batch.calls)
             results = list(struct.unpack_from(f"<{count * 8}q", content, table)[7::8])
-            yield job.tid, Outcome(job.batch, job.tid, results, bytes(content[data : data + len(job.batch.data)]))
+            written = bytes(content[data : data + len(job.batch.data)])
+            yield job.tid, Outcome(job.batch, job.tid, results, written)
 
 
 def _interrupt(tid: int) -> None:

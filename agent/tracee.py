@@ -1,12 +1,12 @@
 """A stopped task that can be made to do syscalls, many in one stop.
 
-Syscalls are collected in a `Batch` (a table, and the data its arguments point to), written to a scratch mapping of the
-process and walked there by a few bytes of code (`arch`). Two ways out of it:
+Syscalls are collected in a `Batch` (a table, and the data its arguments point to), written to a scratch
+mapping of the process and walked there by a few bytes of code (`arch`). Two ways out of it:
 
 - trap: ends in int3. For a shadow, which dies with its tracer anyway.
-- park: for a process that must outlive us. Its context is put into a signal frame first; after the table it waits in
-  ppoll for its tracer, and if nobody comes it returns through that frame to where it was: our death in a batch only
-  delays it. The calls that make and remove the scratch are `agent.visit`'s.
+- park: for a process that must outlive us. Its context is put into a signal frame first; after the table it
+  waits in ppoll for its tracer, and if nobody comes it returns through that frame to where it was: our death
+  in a batch only delays it. The calls that make and remove the scratch are `agent.visit`'s.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def wait_event_stop(tid: int, deadline: float) -> None:
         status = wait_until(tid, deadline)
         if ptrace.event(status) == ptrace.PTRACE_EVENT_STOP:
             return
-        ptrace.interrupt(tid)  # any other stop cancels one that was asked for before it (kernel/signal.c, ptrace_stop)
+        # any other stop cancels one that was asked for before it (kernel/signal.c, ptrace_stop)
+        ptrace.interrupt(tid)
         ptrace.cont(tid, _passed_on(status))
 
 
@@ -130,7 +131,7 @@ def wait_for_syscall(tid: int, deadline: float) -> None:
 
     SIGSTOP cannot be: the process then stops as it should, but for this task, until it is detached.
     """
-    # without it, our death in the stop would send the task a SIGTRAP (ptrace_report_syscall in linux/ptrace.h)
+    # without it, our death in the stop would send the task a SIGTRAP (linux/ptrace.h, ptrace_report_syscall)
     ptrace.set_options(tid, ptrace.PTRACE_O_TRACESYSGOOD)
     signal_number = 0
     while True:
@@ -169,13 +170,13 @@ class Tracee:
         self.fragile = fragile
         self.scratch = 0
         self.code = 0  # address of the batch runner
-        self.adrift: set[int] = set()  # fragile tasks that are on their own way back: their registers are their own
+        self.adrift: set[int] = set()  # fragile tasks on their own way back: their registers are their own
         self._buffer = ctypes.create_string_buffer(SCRATCH_SIZE)
 
     # --- the scratch mapping ---
 
     def adopt_scratch(self, address: int, code: int | None = None) -> None:
-        """Use a mapping that is there: SCRATCH_SIZE bytes, the first page executable once the code is in it."""
+        """Use a mapping that is there: SCRATCH_SIZE bytes, the first page executable once it has the code."""
         self.scratch, self.code = address, address + CODE if code is None else code
 
     def runner_code(self) -> bytes:
@@ -210,7 +211,7 @@ class Tracee:
         return Batch(self.scratch + DATA)
 
     def run(self, tid: int, batch: Batch, restore: Registers | None = None) -> Outcome:
-        """Make a stopped task run a batch; InjectedCallFailed for the first call that failed and was not optional.
+        """Make a stopped task run a batch; InjectedCallFailed for the first failure that was not optional.
 
         Afterwards the task is stopped with the registers `restore` (default: those it had).
         """
@@ -298,7 +299,10 @@ class Tracee:
         self.adrift.discard(tid)
 
     def check_parked(self, tid: int) -> None:
-        """A stopped task must still be in its wait for us. TimeoutError: it has gone on since, and is to be let go on."""
+        """A stopped task must still be in its wait for us.
+
+        TimeoutError: it has gone on since, and is to be let go on.
+        """
         if not self.scratch <= ptrace.get_registers(tid).rip < self.scratch + PAGE:
             raise TimeoutError(f"task {tid} did not wait any longer: this agent was held up")
 
@@ -317,7 +321,10 @@ class Tracee:
 
 
 def keep_going(tid: int) -> None:
-    """A running task with all signals blocked may still get SIGSTOP (it goes on, and stops when detached) or SIGKILL."""
+    """A running task with all signals blocked may still get SIGSTOP or SIGKILL.
+
+    After SIGSTOP it goes on, and stops when detached.
+    """
     found, status = os.waitpid(tid, ptrace.WALL | os.WNOHANG)
     if found:
         if not os.WIFSTOPPED(status):
@@ -333,7 +340,10 @@ def parked(start: Registers, flag: int, timeout: int, frame: int) -> Registers:
 
 
 def return_frame_registers(saved: Registers, memory: RemoteMemory) -> Registers:
-    """The registers for a signal frame that leads back to `saved`: the kernel restarts nothing after rt_sigreturn."""
+    """The registers for a signal frame that leads back to `saved`.
+
+    The kernel restarts nothing after rt_sigreturn.
+    """
     if waits.interrupted(saved):
         with contextlib.suppress(ValueError, OSError):  # unknown: it will fail with EINTR
             saved = waits.identified(saved, memory)

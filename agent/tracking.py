@@ -1,6 +1,7 @@
 """Following a running process's writes: what a scan tells, and arithmetic on ranges of pages.
 
-Two ways of it have the same interface: `agent.write_protection` and `agent.soft_dirty`; `agent.dirty_tracking` chooses.
+Two ways of it have the same interface: `agent.write_protection` and `agent.soft_dirty`;
+`agent.dirty_tracking` chooses.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Range = tuple[int, int]
 
 
 class Scan(msgspec.Struct):
-    """What one scan found: ranges with content of their own, the part of them that was written, and guard pages."""
+    """What one scan found: ranges with content of their own, what was written of them, and guard pages."""
 
     present: list[Range]
     written: list[Range]
@@ -35,10 +36,10 @@ class Tracker(Protocol):
         """From now on follow all these mappings; those that are followed already are left as they are."""
 
     def scan(self, files: Sequence[Range], excluded: Sequence[Range], protect: bool) -> Scan:
-        """Look at the whole address space; with `protect`, the next scan tells only what is written from now on.
+        """Look at the whole address space; with `protect`, the next tells only what is written from now on.
 
-        Without it, this scan takes nothing back. `files` are the mappings of files, where only pages that are no longer
-        the file's count. Neither files nor excluded ranges overlap, both are in order.
+        Without it, this scan takes nothing back. `files` are the mappings of files, where only pages that are
+        no longer the file's count. Neither files nor excluded ranges overlap, both are in order.
         """
 
     def close(self) -> None: ...

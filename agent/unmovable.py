@@ -1,4 +1,4 @@
-"""Why a process that could be moved when it was checked cannot be moved now: raised in pre-copy and in the freeze."""
+"""Why a process that could be moved when checked cannot be moved now: raised in pre-copy and freeze."""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
 """One thread of a running process, stopped for some system calls and let go as if nothing had happened.
 
-A live source must not depend on us: killed (SIGKILL) between any two instructions, we leave a process that goes on by
-itself. So every system call that we have it make returns by itself. `tracee` does that for batches, by code of ours in
-the scratch mapping. Before there is a scratch, and when it goes, `Caller` does it with what the program has anyway:
+A live source must not depend on us: killed (SIGKILL) between any two instructions, we leave a process that
+goes on by itself. So every system call that we have it make returns by itself. `tracee` does that for
+batches, by code of ours in the scratch mapping. Before there is a scratch, and when it goes, `Caller` does it
+with what the program has anyway:
 
     registers    rip -> "syscall; ret" in the program's text, rsp -> a signal frame (sigreturn(2))
     the frame    return address: the program's own restorer, "mov eax, rt_sigreturn; syscall"
                  content: the thread's registers, vector registers and signal mask as they were
 
-The call is made, `ret` leads to the restorer, and the kernel puts everything back in one step. If we are alive, we stop
-the thread before the `ret` and put everything back ourselves. In which order matters, for we may die between two steps:
+The call is made, `ret` leads to the restorer, and the kernel puts everything back in one step. If we are
+alive, we stop the thread before the `ret` and put everything back ourselves. In which order matters, for we
+may die between two steps:
 
     frame written       nobody looks at it
     registers set       from here the thread finds its way back alone, through the frame
@@ -18,19 +20,21 @@ the thread before the `ret` and put everything back ourselves. In which order ma
     mask put back       the frame would do it too
     registers put back  from here the frame is not needed any more
 
-**Memory for the frame** must hold nothing, now or later, that anybody looks at. What is free in a foreign process? Not
-what is below the stack pointer: a goroutine's or coroutine's stack may end there. But pages at the lower end of the main
-stack's mapping that were never touched have no data, whatever the thread runs on at the moment, and no program counts
-on them being zero, since every signal writes there. (Neither has the very lowest page if it is all zeros: below anything
-alive on a stack there is a frame with a return address.) Otherwise the mapping is extended downwards as by a deep call;
-the kernel does that for a write through /proc/PID/mem as for a fault.
+**Memory for the frame** must hold nothing, now or later, that anybody looks at. What is free in a foreign
+process? Not what is below the stack pointer: a goroutine's or coroutine's stack may end there. But pages at
+the lower end of the main stack's mapping that were never touched have no data, whatever the thread runs on at
+the moment, and no program counts on them being zero, since every signal writes there. (Neither has the very
+lowest page if it is all zeros: below anything alive on a stack there is a frame with a return address.)
+Otherwise the mapping is extended downwards as by a deep call; the kernel does that for a write through
+/proc/PID/mem as for a fault.
 
 **What can still be noticed** if we die, and only then:
 
-- In the 0.1 ms between the stop and the next step, a call like epoll_wait fails with EINTR, as it does after SIGSTOP and
-  SIGCONT (signal(7)). A thread in which that cannot happen is preferred (`arch.interruption_shows`).
+- In the 0.1 ms between the stop and the next step, a call like epoll_wait fails with EINTR, as it does after
+  SIGSTOP and SIGCONT (signal(7)). Threads where that cannot happen come first (`arch.interruption_shows`).
 - A wait with a time limit begins again, so that it lasts longer, but never longer than twice.
-- A signal that arrives between "registers set" and "signals blocked" runs its handler at the lower end of the main stack.
+- A signal that arrives between "registers set" and "signals blocked" runs its handler at the lower end of
+  the main stack.
 """
 
 from __future__ import annotations
@@ -71,7 +75,7 @@ class Caller:
     def __init__(self, pid: int, memory: RemoteMemory, adrift: set[int] | None = None) -> None:
         """Looks for the instructions, without stopping anything. NoFoothold; ProcessLookupError.
 
-        `adrift`: where it is noted that a thread is on its own way back (`Tracee.adrift`, if the two work together).
+        `adrift`: notes threads that are on their own way back (`Tracee.adrift`, if the two work together).
         """
         self.pid = pid
         self.memory = memory
@@ -121,7 +125,7 @@ class Caller:
 
 
 def _texts(memory: RemoteMemory, lines: list[MapsLine]) -> Iterator[tuple[int, bytes]]:
-    """Executable text of files, in pieces that overlap; small mappings first, for one with all we need is enough."""
+    """Executable text of files, in pieces that overlap; small mappings first: one that has all is enough."""
     texts = [m for m in lines if m.protection & procfs.PROT_EXEC and m.inode]
     overlap = arch.RETURN_PATH_BYTES
     for line in sorted(texts, key=lambda m: m.end - m.start):
@@ -131,7 +135,7 @@ def _texts(memory: RemoteMemory, lines: list[MapsLine]) -> Iterator[tuple[int, b
 
 
 def _result(tid: int) -> int:
-    """Let the thread make its call; what it returned. The thread is stopped before it goes on to its `ret`."""
+    """Let the thread make its call; what it returned. The thread stops before it goes on to its `ret`."""
     deadline = time.monotonic() + _SECONDS
     # no single step: the trap flag would outlive us (__ptrace_unlink)
     wait_for_syscall(tid, deadline)
@@ -171,7 +175,7 @@ def _claim(pid: int, memory: RemoteMemory, size: int) -> Range:
 
 @contextlib.contextmanager
 def _any_stack_size() -> Iterator[None]:
-    """It is our own limit (getrlimit(2), RLIMIT_STACK) that the kernel holds against another's stack that we extend."""
+    """It is our own RLIMIT_STACK (getrlimit(2)) that the kernel holds against another's stack we extend."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
     try:
@@ -234,7 +238,7 @@ class Pause:
         self.put_back()  # at once: from here our death does not show
 
     def put_back(self) -> None:
-        """EINTR that only the stop caused is hidden; if a signal is about to be delivered it is the program's."""
+        """EINTR that only the stop caused is hidden; if a signal is to be delivered it is the program's."""
         pending = signals.mask_of(signals.pending_of_process(self.tid) + signals.pending_of_thread(self.tid))
         deliverable = pending & ~ptrace.get_sigmask(self.tid)
         ptrace.set_registers(self.tid, arch.hide_stop(self.registers, bool(deliverable)))

@@ -1,7 +1,8 @@
-"""Which pages a running process wrote, by userfaultfd's asynchronous write-protection read through PAGEMAP_SCAN.
+"""Pages a running process wrote, by userfaultfd's asynchronous write-protection read through PAGEMAP_SCAN.
 
-A mapping that appeared, moved or was replaced since it was registered is not watched; all that is in it counts as
-written. What is no longer there is found by what is: every scan yields the pages present, and the caller compares.
+A mapping that appeared, moved or was replaced since it was registered is not watched; all that is in
+it counts as written. What is no longer there is found by what is: every scan yields the pages present,
+and the caller compares.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class WriteProtection:
     def scan(self, files: Sequence[Range], excluded: Sequence[Range], protect: bool) -> Scan:
         """As `Tracker.scan`; what was written is protected again in the same step.
 
-        Only in `files` the kernel is asked whether a page is the file's own: that question costs five times the rest.
+        Only in `files` the kernel is asked whether a page is the file's own: that costs five times the rest.
         """
         written = self._written(protect)
         # what is not watched is written, whatever marks its pages may carry
@@ -75,10 +76,15 @@ class WriteProtection:
         return found
 
     def _written(self, protect: bool) -> list[Range]:
-        """The kernel's short way also takes holes for written, and would protect them, so that each costs a marker."""
+        """The kernel's short way also takes holes for written and would protect them, a marker for each."""
         any_of = _THERE if protect else 0
         regions = self._pagemap.scan(
-            0, TASK_SIZE, any_of=any_of, required=PAGE_IS_WRITTEN, returned=PAGE_IS_WRITTEN, write_protect=protect
+            0,
+            TASK_SIZE,
+            any_of=any_of,
+            required=PAGE_IS_WRITTEN,
+            returned=PAGE_IS_WRITTEN,
+            write_protect=protect,
         )
         return [(start, end) for start, end, _ in regions]
 

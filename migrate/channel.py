@@ -1,4 +1,4 @@
-"""The way to a host's service: each HTTP connection is a `migrate-agent connect`, here or over one ssh connection.
+"""The way to a service: each HTTP connection is a `migrate-agent connect`, here or over one ssh connection.
 
     aiohttp -- socketpair -- ssh session, or subprocess -- migrate-agent connect -- unix socket -- the service
 

@@ -5,11 +5,12 @@
         async for event in agent.events(record.id):
             ...  # the last one is a Finished with the report
 
-A service is started on the host if none runs (`migrate-agent connect`). Any number of calls may be under way
-at once; over ssh they share one connection. What cannot be done is a `Failure` with a stable kind, a message
-for a person and an exit code: before anything was asked for (no such host, another version of the agent), or as
-the agent's own answer (no such migration, too late to abort). `Lost`, one of them, means that the connection
-broke after something was asked for: whether it was done is not known, and a new Agent can find out.
+A service is started on the host if none runs (`migrate-agent connect`). Any number of calls may be under
+way at once; over ssh they share one connection. What cannot be done is a `Failure` with a stable kind, a
+message for a person and an exit code: before anything was asked for (no such host, another version of the
+agent), or as the agent's own answer (no such migration, too late to abort). `Lost`, one of them, means
+that the connection broke after something was asked for: whether it was done is not known, and a new Agent
+can find out.
 
 `agent/api.py` has the types; the API's document is at /v1/openapi.json.
 """
@@ -218,6 +219,8 @@ def _auth_socket() -> str | None:
 def _failure(status: int, body: bytes) -> Failure:
     error = msgspec.json.decode(body, type=ErrorBody).error
     code = ExitCode.INTERNAL if status == 500 else ExitCode.REFUSED
-    return Failure(error.kind, error.message, error.where, ExitCode.UNREACHABLE if error.kind in LINK_KINDS else code)
+    return Failure(
+        error.kind, error.message, error.where, ExitCode.UNREACHABLE if error.kind in LINK_KINDS else code
+    )
 
 

@@ -51,7 +51,11 @@ def load() -> dict[str, Any]:
         message = "\n".join(f"{file}:{problem}" for problem in error.problems)
         raise Failure("usage", message, "coordinator", ExitCode.USAGE) from error
     values = {**found, **found.pop(SSH.path, {}), **found.pop(LIMITS.path, {})}
-    return {_PARAMETERS.get(name, name): value for name, value in values.items() if name not in (SSH.path, LIMITS.path)}
+    return {
+        _PARAMETERS.get(name, name): value
+        for name, value in values.items()
+        if name not in (SSH.path, LIMITS.path)
+    }
 
 
 def apply(context: click.Context) -> None:

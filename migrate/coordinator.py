@@ -134,7 +134,9 @@ class Coordinator:
             if isinstance(event, Finished | Checked):
                 return event
             self._on_event(event)
-        raise Failure("agent-failed", f"{agent.name}: the check ended without a result", "source", ExitCode.UNREACHABLE)
+        raise Failure(
+            "agent-failed", f"{agent.name}: the check ended without a result", "source", ExitCode.UNREACHABLE
+        )
 
     def _abort(self, watch: Watch) -> None:
         async def abort() -> None:

@@ -27,7 +27,7 @@ COLOURS: Final = (
     *("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255", "#aa4499"),
     *("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#aaaa00", "#bbbbbb"),
 )
-AFTER_COMMIT: Final = frozenset({"take over network", "resume"})  # of the destination's steps; all others are before
+AFTER_COMMIT: Final = frozenset({"take over network", "resume"})  # of the destination's steps; others: before
 LETTER: Final = 0.0115  # of the pause's width, in the lanes
 _STYLE: Final[Any] = {
     "svg.fonttype": "none",  # text stays text
@@ -63,7 +63,10 @@ def title(record: MigrationRecord) -> str:
     report = record.report
     if report is None:
         return f"process {record.request.pid} to {clean(record.request.destination)}: {record.status}"
-    words = f"{clean(report.source.host)}:{report.source.pid} to {clean(report.destination.host)}: {report.outcome}"
+    words = (
+        f"{clean(report.source.host)}:{report.source.pid} to "
+        f"{clean(report.destination.host)}: {report.outcome}"
+    )
     pause = "" if report.pause_ms is None else f", pause {units.milliseconds(report.pause_ms)}"
     return f"{words}{pause}, {units.seconds(report.total_s)} in all"
 
@@ -89,7 +92,8 @@ def page(record: MigrationRecord) -> str:
     heading = html.escape(title(record))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{heading}</title>\n'
-        "<style>body { font-family: sans-serif; margin: 2em; max-width: 72em } svg { width: 100%; height: auto }</style>\n"
+        "<style>body { font-family: sans-serif; margin: 2em; max-width: 72em } "
+        "svg { width: 100%; height: auto }</style>\n"
         f"{drawing[drawing.index('<svg') :]}\n<pre>{html.escape(words.getvalue())}</pre>\n</html>\n"
     )
 
@@ -122,7 +126,7 @@ def _draw_rounds(axes: Axes, rounds: Sequence[Round]) -> None:
 
 
 def _draw_pause(axes: Axes, report: Report) -> None:
-    """Two lanes. The source's steps follow each other; of the destination's it is known when the last of them ended."""
+    """Two lanes. The source's steps follow each other; of the destination's only the last's end is known."""
     source = [phase for phase in report.phases if phase.where == "source"]
     lanes = {"source": _from(0.0, source), "destination": _destination(report.phases, source)}
     whole = max([end for lane in lanes.values() for _, _, end in lane] or [1.0])
@@ -137,7 +141,9 @@ def _draw_pause(axes: Axes, report: Report) -> None:
             handles.append(Patch(color=colour, label=f"{spent}  {name}"))
             if end - start > LETTER * whole * max(len(name), len(spent)):
                 middle = ((start + end) / 2, position)
-                axes.text(*middle, f"{name}\n{spent}", ha="center", va="center", fontsize=8, color=_ink(colour))
+                axes.text(
+                    *middle, f"{name}\n{spent}", ha="center", va="center", fontsize=8, color=_ink(colour)
+                )
     axes.set_yticks([0, 1], ["destination", "source"])
     axes.set(xlabel="milliseconds since the process was stopped", title="Inside the pause", ylim=(-0.5, 1.5))
     axes.set_xlim(0, whole * 1.01)
@@ -145,7 +151,9 @@ def _draw_pause(axes: Axes, report: Report) -> None:
         axes.axvline(report.pause_ms, color="black", linewidth=1, linestyle=":")
         axes.text(report.pause_ms, 1.52, "runs again ", ha="right", va="bottom", fontsize=8)
     place = (1.005, 1.2)
-    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=place, frameon=False, fontsize=7.5, handlelength=1)
+    axes.legend(
+        handles=handles, loc="upper left", bbox_to_anchor=place, frameon=False, fontsize=7.5, handlelength=1
+    )
 
 
 Lane = list[tuple[Phase, float, float]]
@@ -161,7 +169,7 @@ def _from(start: float, phases: Sequence[Phase]) -> Lane:
 
 
 def _destination(phases: Sequence[Phase], source: Sequence[Phase]) -> Lane:
-    """Before "ready", so that they end with the source's wait for it; after it, so that they end with the commit."""
+    """Laid so that those before "ready" end with the source's wait for it, those after it with the commit."""
     ends = {phase.name: end for phase, _, end in _from(0.0, source)}
     last = max(ends.values(), default=0.0)
     theirs = [phase for phase in phases if phase.where == "destination"]

@@ -63,7 +63,7 @@ def threshold(verbose: int, quiet: bool) -> int:
 
 
 class PlainLines:
-    """A line for each state and round, and one now and then within a long round; `about`: begins each, if many speak."""
+    """A line for each state and round, and some within a long one; `about` begins each, if many speak."""
 
     def __init__(self, stream: TextIO, level: int, quiet: bool = False, about: str = "") -> None:
         self._stream = stream
@@ -145,7 +145,7 @@ class LiveLine:
 
 
 class JsonLines:
-    """A line of JSON for each event, with the time it was seen, for machines that follow; `about`: whose it is."""
+    """A line of JSON for each event and when it was seen, for machines that follow; `about`: whose it is."""
 
     def __init__(self, stream: TextIO, level: int, quiet: bool = False, about: str = "") -> None:
         self._stream = stream
@@ -168,7 +168,7 @@ class JsonLines:
 
 
 def presenter(verbose: int, quiet: bool, form: str = "text", live: bool = True, about: str = "") -> Presenter:
-    """What suits standard error; `live` if there will be progress, of one migration; `about`: which one of many."""
+    """What suits standard error. `live`: there will be progress, of one migration; `about`: which of many."""
     level = threshold(verbose, quiet)
     if form == "json":
         return JsonLines(sys.stderr, level, quiet, about)

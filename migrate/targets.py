@@ -45,7 +45,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 def parse_place(words: Sequence[str]) -> Place:
-    """Parse `[[user@]host[:port]] [ID]`, in any order: what looks like the name of a migration is one. InvalidTarget."""
+    """Parse `[[user@]host[:port]] [ID]`, in any order: what looks like an ID is one. InvalidTarget."""
     ids = [word for word in words if ID.fullmatch(word.upper())]
     hosts = [word for word in words if word not in ids]
     if len(ids) > 1 or len(hosts) > 1:

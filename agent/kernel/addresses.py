@@ -123,7 +123,9 @@ def _interface_address(body: bytes) -> InterfaceAddress:
     family, prefix, short_flags, scope, index = _IFADDRMSG.unpack_from(body)
     found = attributes(body[_IFADDRMSG.size :])
     local, address = found.get(IFA_LOCAL), found.get(IFA_ADDRESS)
-    preferred, valid, _, _ = _CACHEINFO.unpack(found.get(IFA_CACHEINFO, _CACHEINFO.pack(FOREVER, FOREVER, 0, 0)))
+    preferred, valid, _, _ = _CACHEINFO.unpack(
+        found.get(IFA_CACHEINFO, _CACHEINFO.pack(FOREVER, FOREVER, 0, 0))
+    )
     return InterfaceAddress(
         interface=socket.if_indextoname(index),
         family=family,
@@ -204,7 +206,8 @@ def route_to(address: str) -> Route | None:
     """Where packets to `address` go; None: nowhere."""
     parsed = ipaddress.ip_address(address)
     family = socket.AF_INET if parsed.version == 4 else socket.AF_INET6
-    message = _RTMSG.pack(family, parsed.max_prefixlen, 0, 0, 0, 0, 0, 0, 0) + attribute(RTA_DST, parsed.packed)
+    destination = attribute(RTA_DST, parsed.packed)
+    message = _RTMSG.pack(family, parsed.max_prefixlen, 0, 0, 0, 0, 0, 0, 0) + destination
     with Netlink(NETLINK_ROUTE) as netlink:
         try:
             answers = netlink.request(RTM_GETROUTE, 0, message, address)

@@ -1,7 +1,7 @@
-"""/proc/PID/clear_refs (proc(5), Documentation/admin-guide/mm/soft-dirty.rst): forget which pages were written.
+"""/proc/PID/clear_refs (proc(5), Documentation/admin-guide/mm/soft-dirty.rst): forget what was written.
 
-Writing "4" clears the soft-dirty bit of every page of the process, and of its mappings, which all have it while they
-are new. A kernel without CONFIG_MEM_SOFT_DIRTY accepts the write just the same, and has no bits.
+Writing "4" clears the soft-dirty bit of every page of the process, and of its mappings, which all have it
+while they are new. A kernel without CONFIG_MEM_SOFT_DIRTY accepts the write just the same, and has no bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ClearRefs:
             raise BlockingIOError(errno.EWOULDBLOCK, message, f"pid {self._pid}") from None
 
     def clear_soft_dirty(self) -> None:
-        """A write that is under way on another CPU may escape: the process must not run (task_mmu.c, TLB flush)."""
+        """A write under way on another CPU may escape: the process must not run (task_mmu.c, TLB flush)."""
         os.write(self._fd, b"4")
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ def close_all_on_exec() -> None:
 
 
 def time_offsets() -> tuple[int, int]:
-    """(monotonic, boottime) offsets of our time namespace against the initial one, nanoseconds (time_namespaces(7))."""
+    """(monotonic, boottime) offsets of our time namespace to the initial one, in ns (time_namespaces(7))."""
     found = {"monotonic": 0, "boottime": 0}
     with open("/proc/self/timens_offsets") as file:
         for line in file:
@@ -72,7 +72,7 @@ def time_offsets() -> tuple[int, int]:
 
 
 def set_time_offsets(monotonic: int, boottime: int) -> None:
-    """Offsets for the time namespace our next child is born into (after `unshare(CLONE_NEWTIME)`), nanoseconds."""
+    """Offsets, in ns, for the time namespace of our next child (after `unshare(CLONE_NEWTIME)`)."""
     offsets = (("monotonic", monotonic), ("boottime", boottime))
     lines = (f"{name} {ns // 1_000_000_000} {ns % 1_000_000_000}\n" for name, ns in offsets)
     with open("/proc/self/timens_offsets", "w") as file:

@@ -1,4 +1,4 @@
-"""elf(5): the GNU build id of a file, from its notes. A few reads, since it may have to be done in the pause."""
+"""elf(5): the GNU build id of a file, from its notes. A few reads, as it may have to be done in the pause."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ libc.syscall.restype = ctypes.c_long
 
 
 def check(result: int, subject: str) -> int:
-    """Return `result`, or raise OSError with errno and `subject` ("pid 12", "fd 3", an address) if it is negative."""
+    """Return `result`; if it is negative, OSError with errno and `subject` ("pid 12", "fd 3", an address)."""
     if result < 0:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno), subject)

@@ -1,7 +1,7 @@
 """process_vm_readv(2), process_vm_writev(2) and /proc/PID/mem: another process's memory, without stopping it.
 
-process_vm_* is six times faster but honours protections; /proc/PID/mem goes through FOLL_FORCE and reaches pages that
-the process itself may not.
+process_vm_* is six times faster but honours protections; /proc/PID/mem goes through FOLL_FORCE and reaches
+pages that the process itself may not.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class RemoteMemory:
         return done
 
     def read_into(self, buffer: int, ranges: Sequence[Range]) -> int:
-        """Read `ranges` one after another to the address `buffer` of our own memory; bytes read. MemoryFault."""
+        """Read `ranges` one after another to the address `buffer` in our memory; bytes read. MemoryFault."""
         return self._transfer(_readv, buffer, ranges)
 
     def write_from(self, buffer: int, ranges: Sequence[Range]) -> int:
@@ -92,7 +92,7 @@ class RemoteMemory:
         return self._transfer(_writev, buffer, ranges)
 
     def read(self, address: int, size: int) -> bytes:
-        """Read through protections; short if the end of what is mapped is reached. OSError EIO if nothing is."""
+        """Read through protections; short where what is mapped ends. OSError EIO if nothing is."""
         return os.pread(self._mem, size, address)
 
     def write(self, address: int, data: bytes | memoryview) -> None:

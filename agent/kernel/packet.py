@@ -187,7 +187,9 @@ class Tap:
         """The next packet that is whole and intact (its TCP checksum filled in); None: none is waiting."""
         while True:
             try:
-                packet, control, flags, _ = self._socket.recvmsg(_PACKET_BYTES, socket.CMSG_SPACE(_AUXDATA.size))
+                packet, control, flags, _ = self._socket.recvmsg(
+                    _PACKET_BYTES, socket.CMSG_SPACE(_AUXDATA.size)
+                )
             except BlockingIOError:
                 return None
             whole = None if flags & socket.MSG_TRUNC else _completed(packet, _status(control))

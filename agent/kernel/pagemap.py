@@ -1,8 +1,8 @@
-"""/proc/PID/pagemap and its PAGEMAP_SCAN (Documentation/admin-guide/mm/pagemap.rst): pages there, pages written.
+"""/proc/PID/pagemap and its PAGEMAP_SCAN (Documentation/admin-guide/mm/pagemap.rst): pages there, written.
 
-The file is one 64-bit entry a page. PAGEMAP_SCAN (linux/fs.h), introduced by commit 52526ca7fdb9 (Linux 6.7), answers in
-ranges; with `write_protect` it gets-and-clears: pages reported as written are write-protected again in the same step, so
-no write between two scans is lost. Protect first, then read.
+The file is one 64-bit entry a page. PAGEMAP_SCAN (linux/fs.h), introduced by commit 52526ca7fdb9 (Linux 6.7),
+answers in ranges; with `write_protect` it gets-and-clears: pages reported as written are write-protected
+again in the same step, so no write between two scans is lost. Protect first, then read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PM_SCAN_CHECK_WPASYNC: Final = 1 << 1
 PAGEMAP_SCAN: Final = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg)
 _VECTOR: Final = 16384
 
-# an entry: bits 0-54 are the page frame's number, 0 for readers without CAP_SYS_ADMIN, or type and offset in swap
+# an entry: bits 0-54 are the page frame's number (0 for readers without CAP_SYS_ADMIN), or the place in swap
 PM_SOFT_DIRTY: Final = 1 << 55
 PM_MMAP_EXCLUSIVE: Final = 1 << 56
 PM_UFFD_WP: Final = 1 << 57
@@ -110,7 +110,7 @@ class Pagemap:
         inverted: int = 0,
         write_protect: bool = False,
     ) -> Iterator[Region]:
-        """Ranges of [start, end) whose pages have all of `required` (bits in `inverted`: cleared) and one of `any_of`.
+        """Ranges of [start, end): pages with all of `required` (those in `inverted`: clear), one of `any_of`.
 
         With `write_protect`, mappings without asynchronous write-protection are passed over in silence.
         """

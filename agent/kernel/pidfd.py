@@ -1,4 +1,4 @@
-"""pidfd_open(2), pidfd_getfd(2), kcmp(2): a process by descriptor, duplicates of its descriptors, which are the same."""
+"""pidfd_open(2), pidfd_getfd(2), kcmp(2): a process by descriptor; its descriptors duplicated, compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def compare_files(pid: int, first: int, second: int) -> int:
 
     Otherwise -1 or 1, in an order that is the same for as long as the host runs (kcmp(2), KCMP_FILE).
     """
-    result = check(libc.syscall(NR_kcmp, pid, pid, KCMP_FILE, first, second), f"pid {pid}, fds {first}, {second}")
+    result = check(
+        libc.syscall(NR_kcmp, pid, pid, KCMP_FILE, first, second), f"pid {pid}, fds {first}, {second}"
+    )
     return (0, -1, 1)[result]
 
 

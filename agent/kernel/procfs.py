@@ -1,7 +1,7 @@
 """/proc/PID: each file parsed once, into typed values. Formats: proc(5), Documentation/filesystems/proc.rst.
 
-A process that is gone is ProcessLookupError, from every function here. Paths are any bytes; they are decoded as Python
-does it (`os.fsdecode`).
+A process that is gone is ProcessLookupError, from every function here. Paths are any bytes; they are decoded
+as Python does it (`os.fsdecode`).
 """
 
 from __future__ import annotations
@@ -284,7 +284,9 @@ def _timer(fields: dict[str, str]) -> PosixTimer:
     kind, _, target = fields["notify"].partition("/")
     whose, _, number = target.partition(".")
     notify = _SIGEV[kind] | (4 if whose == "tid" else 0)
-    return PosixTimer(int(fields["ID"]), int(signal), int(value, 16), notify, int(number), int(fields["ClockID"]))
+    return PosixTimer(
+        int(fields["ID"]), int(signal), int(value, 16), notify, int(number), int(fields["ClockID"])
+    )
 
 
 def processes() -> Iterator[int]:
@@ -304,7 +306,7 @@ def auxv(pid: int) -> bytes:
 
 
 class InSyscall(NamedTuple):
-    """A thread that is off its CPU: the syscall it is in, None if it is in none, stack and instruction pointer."""
+    """A thread off its CPU: the syscall it is in, None if it is in none, stack and instruction pointer."""
 
     number: int | None
     stack: int

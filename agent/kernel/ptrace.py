@@ -1,7 +1,7 @@
-"""ptrace(2): stop a task, look at it, make it go on. Thin wrappers; all of them belong to the tracer's one thread.
+"""ptrace(2): stop a task, look at it, make it go on. Thin wrappers, all for the tracer's one thread.
 
-The raw call comes from python-ptrace; what it has no name for goes through the same call. A task that is gone is
-ProcessLookupError (ESRCH).
+The raw call comes from python-ptrace; what it has no name for goes through the same call. A task that is gone
+is ProcessLookupError (ESRCH).
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def _call(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
     try:
         return int(_raw(request, tid, addr, data))
     except PtraceError as error:
-        raise OSError(error.errno, os.strerror(error.errno), f"task {tid}, ptrace request {request:#x}") from None
+        raise OSError(
+            error.errno, os.strerror(error.errno), f"task {tid}, ptrace request {request:#x}"
+        ) from None
 
 
 def seize(tid: int, options: int = 0) -> None:
@@ -123,7 +125,7 @@ def set_registers(tid: int, registers: Registers) -> None:
 
 
 def get_xstate(tid: int) -> bytes:
-    """The whole xsave area in its standard (not compacted) form; its length is that of the CPU's enabled features."""
+    """The whole xsave area in its standard (not compacted) form, as long as enabled features make it."""
     buffer = ctypes.create_string_buffer(32768)
     iov = struct.pack("<QQ", ctypes.addressof(buffer), len(buffer))
     vector = ctypes.create_string_buffer(iov, 16)
@@ -156,7 +158,7 @@ def get_siginfo(tid: int) -> bytes:
 
 
 def pending_signals(tid: int, shared: bool) -> list[bytes]:
-    """The queue of pending signals, oldest first, each a 128-byte `siginfo_t`; of the thread or of the process."""
+    """The thread's or the process's queue of pending signals, oldest first, each a 128-byte `siginfo_t`."""
     found: list[bytes] = []
     buffer = ctypes.create_string_buffer(SIGINFO_SIZE * 64)
     while True:

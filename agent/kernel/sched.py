@@ -1,4 +1,4 @@
-"""sched_getattr(2), sched_setattr(2), get_robust_list(2), prlimit(2): facts about other tasks that need no stop."""
+"""sched_getattr(2), sched_setattr(2), get_robust_list(2), prlimit(2): facts of other tasks without a stop."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Classic BPF on a socket (socket(7), linux/filter.h): what holds incoming packets back while a socket moves.
 
-A filter of ours is a marker, a few instructions that drop, and then, never reached or reached only by what
-passes, the application's own program. So whoever finds a socket under our filter (a guardian, a restarted
-agent) can put everything back from the socket alone: the application's program and the SO_REUSEADDR that
-leaving repair forgets.
+A filter of ours is a marker, an instruction that drops or not, and then the application's own program. So
+whoever finds a socket under our filter (a guardian, a restarted agent) can put everything back from the
+socket alone: the application's program and the SO_REUSEADDR that leaving repair forgets.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ BPF_MAXINSNS = 4096
 BPF_LD_W_IMM = 0x00
 BPF_LD_W_ABS = 0x20
 BPF_LD_B_ABS = 0x30
-BPF_ALU_AND_K = 0x54
-BPF_JMP_JA = 0x05
 BPF_JMP_JEQ_K = 0x15
 BPF_RET_K = 0x06
 ACCEPT = 0xFFFFFFFF
@@ -36,8 +33,6 @@ _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter: code, jump if true,
 _PROGRAM = struct.Struct("@HP")  # struct sock_fprog: instructions, pointer to them
 _MARKER = 0x4D4F5645
 _NOTE_OFFSET = _INSTRUCTION.size + 4  # the lowest byte of the second instruction's k
-_TCP_FLAGS_OFFSET = 13
-_SYN, _SYN_ACK = 0x02, 0x12
 
 
 class Kind(enum.IntEnum):
@@ -45,7 +40,6 @@ class Kind(enum.IntEnum):
 
     APPLICATION = 0
     LOCK = 1  # drops everything
-    QUIESCE = 2  # drops only what would open a new connection
     OPEN = 3  # drops nothing: a socket that is being let go
 
 
@@ -64,25 +58,6 @@ def assemble(instructions: Sequence[tuple[int, int, int, int]]) -> bytes:
 
 _DROP = {
     Kind.LOCK: assemble([(BPF_RET_K, 0, 0, 0)]),
-    Kind.QUIESCE: assemble(
-        [
-            (
-                BPF_LD_B_ABS,
-                0,
-                0,
-                _TCP_FLAGS_OFFSET,
-            ),  # a TCP socket's filter sees the packet from the TCP header on
-            (BPF_ALU_AND_K, 0, 0, _SYN_ACK),
-            (BPF_JMP_JEQ_K, 0, 1, _SYN),
-            (BPF_RET_K, 0, 0, 0),
-            (
-                BPF_LD_W_IMM,
-                0,
-                0,
-                0,
-            ),  # the application's program finds the accumulator as it would without ours
-        ]
-    ),
     Kind.OPEN: assemble([(BPF_LD_W_IMM, 0, 0, 0)]),
 }
 _ACCEPT_ALL = assemble([(BPF_RET_K, 0, 0, ACCEPT)])

@@ -166,7 +166,9 @@ def set_queue_seq(sock: socket.socket, queue: Queue, seq: int) -> None:
     sock.setsockopt(SOL_TCP, TCP_QUEUE_SEQ, struct.pack("=I", seq))
 
 
-def repair_options(sock: socket.socket, mss_clamp: int, wscale: tuple[int, int], sack: bool, timestamps: bool) -> None:
+def repair_options(
+    sock: socket.socket, mss_clamp: int, wscale: tuple[int, int], sack: bool, timestamps: bool
+) -> None:
     """What the handshake settled; `wscale` is (send, receive), at most 14. Only right after connect."""
     pairs = [(TCPOPT_MSS, mss_clamp), (TCPOPT_WINDOW, wscale[0] | wscale[1] << 16)]
     pairs += [(TCPOPT_SACK_PERM, 0)] if sack else []

@@ -1,7 +1,7 @@
-"""userfaultfd(2) in asynchronous write-protect mode: the kernel notes writes by itself, nobody waits for a fault.
+"""userfaultfd(2), asynchronous write-protect mode: the kernel notes writes itself, nobody waits for a fault.
 
-Commits d61ea1cb0095 (UFFD_FEATURE_WP_ASYNC, Linux 6.7) and 2bad466cc9d9 (UFFD_FEATURE_WP_UNPOPULATED, 6.4). The
-descriptor belongs to the process whose memory it watches; closing the last duplicate ends the watching.
+Commits d61ea1cb0095 (UFFD_FEATURE_WP_ASYNC, Linux 6.7) and 2bad466cc9d9 (UFFD_FEATURE_WP_UNPOPULATED, 6.4).
+The descriptor belongs to the process whose memory it watches; closing the last duplicate ends the watching.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def handshake(fd: int) -> None:
 
 
 def register(fd: int, start: int, end: int) -> bool:
-    """Watch writes to [start, end). False where the mapping cannot be watched (it is copied whole instead)."""
+    """Watch writes to [start, end). False where the mapping cannot be watched (it is then copied whole)."""
     argument = bytearray(struct.pack("<QQQQ", start, end - start, UFFDIO_REGISTER_MODE_WP, 0))
     try:
         fcntl.ioctl(fd, UFFDIO_REGISTER, argument)
     except OSError as error:
-        # EBUSY: the process watches it itself; EINVAL: not mapped (any more) or not watchable; EPERM: never writable
+        # EBUSY: the process watches it; EINVAL: not mapped (any more) or not watchable; EPERM: never writable
         if error.errno in (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.ENOMEM):
             return False
         raise

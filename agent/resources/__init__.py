@@ -1,1 +1,1 @@
-"""One file per kind of thing a process owns: its state, how it is captured and rebuilt, why it may be refused."""
+"""One file per kind of thing a process owns: its state, its capture and rebuilding, why it may be refused."""

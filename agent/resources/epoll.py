@@ -1,11 +1,12 @@
-"""epoll(7): what it watches, with events and data. Entries are made by the process itself once its descriptors stand.
+"""epoll(7): what it watches, with events and data.
+Entries are made by the process itself once its descriptors stand.
 
 An entry is bound to an open file description under a descriptor number. One whose number was closed while the
 description lives on cannot be registered again, and is refused.
 
-An EPOLLONESHOT entry that has fired is silent until the program arms it again: the kernel has taken away all its events.
-No call makes such an entry, for EPOLL_CTL_ADD and MOD always add EPOLLERR and EPOLLHUP; so it is made with every event
-there is, and fires here (`agent.silencing`).
+An EPOLLONESHOT entry that has fired is silent until the program arms it again: the kernel has taken away all
+its events. No call makes such an entry, for EPOLL_CTL_ADD and MOD always add EPOLLERR and EPOLLHUP; so it is
+made with every event there is, and fires here (`agent.silencing`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ NAME: Final = "epoll"
 EPOLL_CTL_ADD: Final = 1
 EPOLLONESHOT: Final = 1 << 30
 # fs/eventpoll.c EP_PRIVATE_BITS: what is left of an entry's events when it has fired
-_PRIVATE_BITS: Final = 1 << 31 | EPOLLONESHOT | 1 << 29 | 1 << 28  # EPOLLET, EPOLLONESHOT, EPOLLWAKEUP, EPOLLEXCLUSIVE
+# (EPOLLET, EPOLLONESHOT, EPOLLWAKEUP, EPOLLEXCLUSIVE)
+_PRIVATE_BITS: Final = 1 << 31 | EPOLLONESHOT | 1 << 29 | 1 << 28
 _EVERY_EVENT: Final = 0x27FF  # EPOLLIN ... EPOLLMSG, EPOLLRDHUP
 _ENTRY: Final = re.compile(r"(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)")
 
@@ -99,7 +101,8 @@ def rebuild(state: State, context: Rebuilding) -> int:
 def add_entries(batch: Batch, fd: int, state: State, fired: bool) -> None:
     """In the process, when all descriptors are in place: epoll_ctl(2) with `struct epoll_event` (packed).
 
-    Entries that have fired come first, armed for everything, and must be silenced before the others are added.
+    Entries that have fired come first, armed for everything, and must be silenced before the
+    others are added.
     """
     for entry in state.entries:
         if entry.fired == fired:

@@ -36,7 +36,10 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
 
 
 def acts_as_semaphore(fd: int, count: int) -> bool:
-    """Tried out: from 2 on, reading takes 1 from a semaphore and all from another. The count is `count` again then."""
+    """Tried out: from 2 on, reading takes 1 from a semaphore and all from another.
+
+    The count is `count` again then.
+    """
     added = max(0, 2 - count)
     if added:
         os.eventfd_write(fd, added)

@@ -1,8 +1,9 @@
 """Files that both hosts must have: executables, libraries, mapped and opened regular files.
 
-A file is the same on the other host if its path, size and content hash are the same there. The build id makes the
-message better, and stands for the content of what is mapped so late that only the pause is left to describe it. Nothing
-is ever overwritten: a file that is missing may be copied (`--copy-files`), one that differs is refused by name.
+A file is the same on the other host if its path, size and content hash are the same there. The build id makes
+the message better, and stands for the content of what is mapped so late that only the pause is left to
+describe it. Nothing is ever overwritten: a file that is missing may be copied (`--copy-files`), one that
+differs is refused by name.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ HURRIED_SIZE: Final = 4 << 20  # whose digest takes a few milliseconds
 
 
 class FileRef(msgspec.Struct, frozen=True):
-    """A regular file by what is in it: its digest, or its build id alone; neither where only the size matters."""
+    """A regular file by what is in it: digest, or build id alone; neither where only the size matters."""
 
     path: str
     size: int
     mode: int
     digest: bytes = b""  # SHA-256
     build_id: str = ""
-    identity: tuple[int, int] = (0, 0)  # file system id and inode: equal on two hosts only if the file system is shared
-    stamp: tuple[int, int, int] = (0, 0, 0)  # size, st_mtime and st_ctime in nanoseconds: whether it was written since
+    # file system id and inode: equal on two hosts only if the file system is shared
+    identity: tuple[int, int] = (0, 0)
+    # size, st_mtime and st_ctime in nanoseconds: whether it was written since
+    stamp: tuple[int, int, int] = (0, 0, 0)
 
 
 def digest(fd: int) -> bytes:
@@ -106,7 +109,7 @@ def shared(file: FileRef) -> bool:
 
 
 def compare_opened(file: FileRef, copy_files: bool) -> Blocker | None:
-    """The same for a file that the process has open and may be writing: on a shared file system it may differ by now."""
+    """The same for a file that the process may be writing: on a shared file system it may differ by now."""
     return None if shared(file) else compare(file, copy_files)
 
 

@@ -1,4 +1,4 @@
-"""Who a process is to the kernel: credentials(7), capabilities(7), prctl(2) settings, limits, umask, personality."""
+"""Who a process is to the kernel: credentials(7), capabilities(7), prctl(2), limits, umask, personality."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def credentials(pid: int, tid: int | None = None, securebits: int = 0) -> Creden
 
 
 def restore_credentials(batch: Batch, wanted: Credentials, now: Credentials) -> None:
-    """Turn a task with credentials `now` (all of root's) into one with `wanted`; nothing where they are equal."""
+    """Turn a task with credentials `now` (all of root's) into one with `wanted`; nothing where equal."""
     if wanted == now:
         return
     prctl = arch.NR_prctl
@@ -121,7 +121,10 @@ def limit_notices(limits: tuple[tuple[int, int], ...]) -> list[Notice]:
     if int(status["CapEff"], 16) >> 24 & 1:  # CAP_SYS_RESOURCE
         return []
     return [
-        Notice(kind="limit-lowered", message=f"limit {number}: {_say(hard)} cannot be raised above {_say(ours)} there")
+        Notice(
+            kind="limit-lowered",
+            message=f"limit {number}: {_say(hard)} cannot be raised above {_say(ours)} there",
+        )
         for number, (_, hard) in enumerate(limits)
         if hard > (ours := resource.getrlimit(number)[1] % (1 << 64))
     ]

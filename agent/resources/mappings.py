@@ -1,7 +1,7 @@
 """Mappings: from /proc/PID/maps and smaps to a `Layout`, with what cannot be moved refused by name.
 
-The VmFlags of smaps (proc(5)) need a page table walk, so the freeze reads the cheap maps only and takes flags from the
-last reading: a mapping whose extent did not change since keeps the flags it had then.
+The VmFlags of smaps (proc(5)) need a page table walk, so the freeze reads the cheap maps only and takes flags
+from the last reading: a mapping whose extent did not change since keeps the flags it had then.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _VMFLAGS: Final = {
     "rr": Flag.RANDOM,
 }
 # VmFlags that need nothing: rights, kinds of bookkeeping, our own userfaultfd, "may" bits
-_HARMLESS: Final = frozenset(["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "ac", "uw", "um", "ui", "sd", "mt", "de"])
+_HARMLESS: Final = frozenset(
+    ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "ac", "uw", "um", "ui", "sd", "mt", "de"]
+)
 _REFUSED: Final = {
     "ht": ("hugetlb", "hugetlbfs pages"),
     "io": ("device-memory", "memory-mapped device registers"),
@@ -65,7 +67,8 @@ class FileTable:
         return self._numbers[key]
 
     def _describe(self, line: MapsLine) -> FileRef:
-        for blocker in path_blockers(line.name, procfs.printable(line.name)):  # mapped since they were looked at
+        # it was mapped since they were looked at
+        for blocker in path_blockers(line.name, procfs.printable(line.name)):
             raise Unmovable(blocker.kind, f"{blocker.what}: {blocker.why}")
         hurried = procfs.stat(self._pid).state == "t"  # stopped by us: this is the pause
         try:
@@ -115,7 +118,7 @@ def _ordinary(lines: Sequence[MapsLine], ours: tuple[int, int]) -> list[MapsLine
 def layout(
     lines: Sequence[MapsLine], files: FileTable, known: dict[int, MapsLine], scratch: tuple[int, int] = (0, 0)
 ) -> list[Mapping]:
-    """The layout of the lines; flags from the line itself or, where it has none, from `known` (by start address)."""
+    """The layout of the lines; flags from the line itself, else from `known` (by start address)."""
     return [_mapping(line, files, _flags(line, known)) for line in _ordinary(lines, scratch)]
 
 
@@ -133,7 +136,9 @@ def _mapping(line: MapsLine, files: FileTable, vmflags: frozenset[str]) -> Mappi
     if line.name == "[stack]":
         flags |= Flag.GROWSDOWN
     number = files.number(line) if line.inode else -1
-    return Mapping(line.start, line.end, line.protection, int(flags), number, line.offset if line.inode else 0)
+    return Mapping(
+        line.start, line.end, line.protection, int(flags), number, line.offset if line.inode else 0
+    )
 
 
 def blockers(lines: Sequence[MapsLine], scratch: tuple[int, int] = (0, 0)) -> list[Blocker]:

@@ -1,7 +1,8 @@
-"""mlockall(2): whether memory that a process maps from now on is locked. What is locked already is a mapping's flag.
+"""mlockall(2): whether memory that a process maps from now on is locked; what is already is a mapping's flag.
 
-Nothing tells it from outside, and the process itself only by what a new mapping is like: a page of the scratch is mapped
-anew. MADV_DONTNEED refuses locked memory, and with MCL_FUTURE alone such a page is there before it is touched.
+Nothing tells it from outside, and the process itself only by what a new mapping is like: a page of the
+scratch is mapped anew. MADV_DONTNEED refuses locked memory, and with MCL_FUTURE alone such a page is there
+before it is touched.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ _MADV_DONTNEED: Final = 4
 
 
 def ask_future(batch: Batch, scratch: int) -> Callable[[Outcome], int]:
-    """The flags with which mlockall(2) makes it so again, 0 if new memory is not locked. The last page is overwritten."""
+    """The flags with which mlockall(2) makes it so again, 0 if new memory is not locked.
+
+    The last page is overwritten.
+    """
     page = scratch + SCRATCH_SIZE - PAGE
     there = batch.space(16)
     if batch.room < 2 * PAGE:
         raise MemoryError("no page of the scratch is free")
-    mapped = batch.call("map", arch.NR_mmap, page, PAGE, _READ_WRITE, _PRIVATE_ANONYMOUS_FIXED, -1, 0, optional=True)
+    mapped = batch.call(
+        "map", arch.NR_mmap, page, PAGE, _READ_WRITE, _PRIVATE_ANONYMOUS_FIXED, -1, 0, optional=True
+    )
     batch.call("mincore", arch.NR_mincore, page, PAGE, there)
     dropped = batch.call("drop", arch.NR_madvise, page, PAGE, _MADV_DONTNEED, optional=True)
 

@@ -49,7 +49,9 @@ def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
             )
         )
     if file.flags & os.O_DIRECT:
-        found.append(Blocker(kind="packet-pipe", what=file.name, why="a pipe in packet mode (O_DIRECT)", hint=""))
+        found.append(
+            Blocker(kind="packet-pipe", what=file.name, why="a pipe in packet mode (O_DIRECT)", hint="")
+        )
     return found
 
 
@@ -90,7 +92,9 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
     path = "" if file.link.startswith("pipe:[") else file.link
     capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
     mode = stat.S_IMODE(file.mode)
-    return State(file.inode, path, mode, file.flags & _FLAGS, capacity, _peek(fd, capacity) if readable else b"")
+    return State(
+        file.inode, path, mode, file.flags & _FLAGS, capacity, _peek(fd, capacity) if readable else b""
+    )
 
 
 def _peek(fd: int, capacity: int) -> bytes:
@@ -112,7 +116,7 @@ def _peek(fd: int, capacity: int) -> bytes:
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
-    """One end; the pipe itself is made by the first of its ends that comes by, and filled by a readable one."""
+    """One end; the pipe itself is made by the first of its ends to come by, and filled by a readable one."""
     key = ("pipe", state.inode)
     if key not in context.shared:
         context.shared[key] = _create(state)
@@ -130,7 +134,7 @@ def rebuild(state: State, context: Rebuilding) -> int:
 
 
 def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
-    """Let an end have an event (see `agent.silencing`): a byte to read in an empty pipe, or room in a full one."""
+    """Let an end have an event (see `agent.silencing`): a byte in an empty pipe, or room in a full one."""
     other = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     readable = state.flags & os.O_ACCMODE != os.O_WRONLY
     if readable:
@@ -161,7 +165,7 @@ def _create(state: State) -> tuple[int, int]:
 
 
 def _fill(fd: int, content: bytes) -> None:
-    """The agent's own end is not blocking on a full pipe: the content fits, it was in one of this capacity."""
+    """The agent's own end never blocks on a full pipe: the content fits, it was in one of this capacity."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
     view = memoryview(content)

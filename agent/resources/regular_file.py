@@ -1,4 +1,6 @@
-"""Regular files and directories, by path: open(2), lseek(2). Open-and-deleted files come with their content."""
+"""Regular files and directories, by path: open(2), lseek(2).
+Open-and-deleted files come with their content.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,7 @@ def _path_leads_here(file: OpenFile, process: SourceProcess) -> bool:
 
 
 def reference(file: OpenFile, process: SourceProcess) -> FileRef | None:
-    """What the destination must have for it; None for a directory or a deleted file. Size and content are compared."""
+    """What the destination must have, compared by size and content; None for a directory or deleted file."""
     if _deleted(file) or not stat.S_ISREG(file.mode):
         return None
     return describe(file.link, f"/proc/{process.pid}/fd/{file.fd}")
@@ -118,7 +120,9 @@ def _compare(state: State, context: Rebuilding, fd: int, found: os.stat_result) 
     if found.st_size != state.size:
         raise Refusal("file-differs", f"{state.path}: {state.size} bytes on the source, {found.st_size} here")
     if state.path not in context.agreed and identity(fd, found) != state.identity:
-        raise Refusal("file-differs", f"{state.path} was opened during the migration and is another file here")
+        raise Refusal(
+            "file-differs", f"{state.path} was opened during the migration and is another file here"
+        )
 
 
 def _recreate(state: State) -> int:

@@ -113,7 +113,9 @@ def _unfit(
         return [_blocker("address-kind", address, "it is on several interfaces or a point-to-point link")]
     hint = "give the service an address of its own (ip address add ...) and let its clients use that"
     if address in links:
-        return [_blocker("address-carries-link", address, "the connection between the two hosts uses it", hint)]
+        return [
+            _blocker("address-carries-link", address, "the connection between the two hosts uses it", hint)
+        ]
     why = _host_needs(entries[0], here)
     return [_blocker("address-primary", address, why, hint)] if why else []
 
@@ -168,7 +170,7 @@ def _list(diag: SockDiag, family: int, protocol: int) -> list[SocketEntry]:
     try:
         return list(diag.sockets(family, protocol))
     except OSError as error:
-        if error.errno == errno.ENOENT:  # a protocol this kernel has not (loaded), so there are no sockets of it
+        if error.errno == errno.ENOENT:  # a protocol this kernel has not (loaded), so it has no sockets
             return []
         raise
 
@@ -199,12 +201,18 @@ def place(address: ServiceAddress) -> str | Blocker:
     here = kernel.addresses()
     if any(one.address == address.address for one in here):
         return _blocker("address-taken", address.address, "the destination has this address already")
-    up = {one.name for one in kernel.links() if one.flags & kernel.IFF_UP and not one.flags & kernel.IFF_LOOPBACK}
+    up = {
+        one.name
+        for one in kernel.links()
+        if one.flags & kernel.IFF_UP and not one.flags & kernel.IFF_LOOPBACK
+    }
     inside = ipaddress.ip_address(address.address)
     fitting = [one.interface for one in here if one.interface in up and inside in one.network]
     if not fitting:
         why = "no interface of the destination is in the network of this address"
-        hint = "connect the destination to that network, or use an address of a network that both hosts are in"
+        hint = (
+            "connect the destination to that network, or use an address of a network that both hosts are in"
+        )
         return _blocker("address-no-place", f"{address.address}/{address.prefix_length}", why, hint)
     return address.interface if address.interface in fitting else fitting[0]
 
@@ -225,7 +233,8 @@ def install(address: ServiceAddress, interface: str) -> None:
 
 def announce(address: ServiceAddress, interface: str, announcer: Announcer | None = None) -> bool:
     """Tell the neighbours once; False: nobody to tell. Frames get lost: repeat it over the first second."""
-    return (announcer or _announcer(os.stat("/proc/thread-self/ns/net").st_ino)).announce(interface, address.address)
+    announcer = announcer or _announcer(os.stat("/proc/thread-self/ns/net").st_ino)
+    return announcer.announce(interface, address.address)
 
 
 @functools.cache

@@ -1,4 +1,6 @@
-"""signalfd(2): the set of signals it reads. What it would read are the pending signals, kept with the threads."""
+"""signalfd(2): the set of signals it reads.
+What it would read are the pending signals, kept with the threads.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def _signalfd(fd: int, mask: int, flags: int = 0) -> int:
 def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
     """Let it have an event (see `agent.silencing`).
 
-    A signal of the process, which blocks all of them, wakes those who wait; who looks then is shown signals of its own.
+    A signal of the process, which blocks all of them, wakes those who wait; who looks then is
+    shown signals of its own.
     """
     number = signal.SIGRTMAX
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})

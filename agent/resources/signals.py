@@ -19,7 +19,8 @@ _INT_MAX: Final = (1 << 31) - 1
 _SI_TIMER: Final = -2
 _SI_TKILL: Final = -6
 _SI_KERNEL: Final = 0x80
-_ITIMER_SIGNALS: Final = {14: 0, 26: 1, 27: 2}  # SIGALRM, SIGVTALRM, SIGPROF: of which interval timer (setitimer(2))
+# SIGALRM, SIGVTALRM, SIGPROF: of which interval timer (setitimer(2))
+_ITIMER_SIGNALS: Final = {14: 0, 26: 1, 27: 2}
 
 
 def _bits(mask: int) -> list[int]:
@@ -48,7 +49,7 @@ def ask_altstack(batch: Batch) -> Callable[[Outcome], bytes]:
 
 
 def restore_altstack(batch: Batch, stack: bytes) -> None:
-    """SS_ONSTACK is derived from the stack pointer by the kernel; only SS_DISABLE and SS_AUTODISARM are settings."""
+    """SS_ONSTACK is the kernel's, from the stack pointer; only SS_DISABLE and SS_AUTODISARM are settings."""
     address, flags, _, size = STACK_T.unpack(stack)
     if flags & 2:  # SS_DISABLE: a new thread's default
         return
@@ -119,7 +120,10 @@ def requeue_thread(batch: Batch, tgid: int, tid: int, queue: tuple[bytes, ...]) 
 
 
 def send(pid: int, tid: int, siginfo: bytes) -> None:
-    """Send it to a living process (`tid` 0) or thread, with its siginfo as far as the kernel lets others (si_code < 0)."""
+    """Send it to a living process (`tid` 0) or thread.
+
+    With its siginfo as far as the kernel lets others (si_code < 0).
+    """
     number, _, code = struct.unpack_from("<iii", siginfo)
     to = (pid, tid, number) if tid else (pid, number)
     if code >= 0 or code == _SI_TKILL:

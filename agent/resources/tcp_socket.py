@@ -49,9 +49,9 @@ def rebuild(state: State, context: Rebuilding) -> int:
 
 
 def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
-    """Let it have an event (see `agent.silencing`): a listener that does not listen for a moment is hung up (tcp_poll).
+    """Let it have an event (see `agent.silencing`): a listener shut down for a moment is hung up (tcp_poll).
 
-    Shutting it down keeps its port and its lock, but forgets some options. A connection needs nothing: it has room.
+    That keeps its port and its lock, but forgets some options. A connection needs nothing: it has room.
     """
     listener = state.tcp
     if not isinstance(listener, tcp.TcpListener) or listener.backlog is None:

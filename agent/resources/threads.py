@@ -1,9 +1,9 @@
 """One thread: registers, masks, thread-local kernel settings. Captured and rebuilt here.
 
-What a stopped thread's registers say of an interrupted syscall stays as it is (`rax` = -ERESTART..., `orig_rax`): the
-destination's kernel restarts it as this one would have. Three things need help: a restartable sequence (rseq(2)) is
-moved to its abort handler, an EINTR that only our stop caused is turned back, and a relative wait gets its restart
-block made anew (`agent.resources.waits`).
+What a stopped thread's registers say of an interrupted syscall stays as it is (`rax` = -ERESTART...,
+`orig_rax`): the destination's kernel restarts it as this one would have. Three things need help: a
+restartable sequence (rseq(2)) is moved to its abort handler, an EINTR that only our stop caused is turned
+back, and a relative wait gets its restart block made anew (`agent.resources.waits`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class Stopped(msgspec.Struct, frozen=True):
 
 def look(tid: int) -> Stopped:
     return Stopped(
-        ptrace.get_registers(tid), ptrace.get_rseq(tid), ptrace.get_sigmask(tid), signals.pending_of_thread(tid)
+        ptrace.get_registers(tid),
+        ptrace.get_rseq(tid),
+        ptrace.get_sigmask(tid),
+        signals.pending_of_thread(tid),
     )
 
 
@@ -64,7 +67,7 @@ def rseq_sections(stopped: dict[int, Stopped], memory: RemoteMemory) -> dict[int
 def abort_rseq(
     registers: Registers, rseq: tuple[int, int, int], memory: RemoteMemory, section: int | None = None
 ) -> Registers:
-    """A thread inside a restartable sequence continues at its abort handler, as after any preemption (rseq(2))."""
+    """A thread in a restartable sequence continues at its abort handler, as after a preemption (rseq(2))."""
     if not rseq[0]:
         return registers
     if section is None:
@@ -80,7 +83,7 @@ def abort_rseq(
 def ask(
     batch: Batch, tid: int, registers: Registers, stopped: Stopped
 ) -> tuple[ThreadState, Callable[[Outcome], ThreadState]]:
-    """What is known from outside, and calls for what only the thread itself knows: they complete the state."""
+    """What is known from outside, and calls for what only the thread knows: they complete the state."""
     altstack = signals.ask_altstack(batch)
     clear_tid = batch.space(8)
     batch.call("PR_GET_TID_ADDRESS", arch.NR_prctl, identity.PR_GET_TID_ADDRESS, clear_tid)

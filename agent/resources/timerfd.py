@@ -49,7 +49,7 @@ def _nanoseconds(text: str) -> int:
 
 
 def capture(file: OpenFile, process: SourceProcess) -> State:
-    # a periodic timer that expired stands still until somebody asks: asking counts its ticks and sets it going again
+    # a periodic timer that expired stands still until asked: that counts its ticks and sets it going again
     ours = process.duplicate(file.fd)
     check(libc.timerfd_gettime(ours, ctypes.create_string_buffer(32)), file.name)
     info = dict(procfs.fdinfo(os.getpid(), ours))

@@ -1,8 +1,8 @@
 """Interval timers and POSIX timers: setitimer(2), timer_create(2).
 
-Time goes on while a process is frozen: what remains is reduced by the pause, and what ran out in it fires at once. A
-periodic timer keeps its beat: it is armed for its next time, and the notification of those it missed is queued by hand.
-What timer_getoverrun(2) says of a notification that is still queued is not kept.
+Time goes on while a process is frozen: what remains is reduced by the pause, and what ran out in it fires at
+once. A periodic timer keeps its beat: it is armed for its next time, and the notification of those it missed
+is queued by hand. What timer_getoverrun(2) says of a notification that is still queued is not kept.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def restore_itimers(batch: Batch, process: ProcessState, own_pid: int, elapsed_n
 def later(setting: bytes, elapsed_ns: int, unit: int) -> tuple[bytes, int]:
     """A timer `elapsed_ns` later, and of one that goes on, how often it ran out meanwhile.
 
-    `setting`: an interval and what remains (seconds, 1/unit of nanoseconds). One that has run out for good is set to
-    do so at once.
+    `setting`: an interval and what remains (seconds, 1/unit of nanoseconds). One that has run out for good
+    is set to do so at once.
     """
     interval_s, interval_f, value_s, value_f = _PAIR.unpack(setting)
     interval = interval_s * _SECOND + interval_f * unit
@@ -91,7 +91,7 @@ def ask_posix(batch: Batch, pid: int, numbers: Mapping[int, int]) -> Callable[[O
 
 
 def _own_thread(timer: PosixTimer, numbers: Mapping[int, int]) -> PosixTimer:
-    """/proc has the threads that timers tell in the numbers of its reader. One that has ended is told nothing."""
+    """/proc has the threads that timers tell in its reader's numbers. One that has ended is told nothing."""
     if not timer.notify & SIGEV_THREAD_ID:
         return timer
     if timer.thread not in numbers:
@@ -100,7 +100,7 @@ def _own_thread(timer: PosixTimer, numbers: Mapping[int, int]) -> PosixTimer:
 
 
 def runs_on(process: ProcessState, siginfo: bytes) -> bool:
-    """Whether a queued signal is of a timer that is armed in the captured state, which will therefore fire again."""
+    """Whether a queued signal is of a timer armed in the captured state, which will therefore fire again."""
     if not signals.by_timer(siginfo):
         return False
     which = signals.itimer_of(siginfo)
@@ -116,9 +116,9 @@ def _numbers_can_be_chosen() -> bool:
 
 
 def create_posix(batch: Batch, timers: list[TimerState]) -> list[int]:
-    """Create timers under their numbers; the places where the kernel writes the number each got, in the same order.
+    """Create timers under their numbers; the places where the kernel writes what each got, in the same order.
 
-    An older kernel counts a process's timers from 0 on (posix_timer_add): those that are no more are made and deleted.
+    Older kernels count a process's timers from 0 on (posix_timer_add): those gone since are made and deleted.
     """
     if not timers:
         return []
@@ -132,7 +132,9 @@ def create_posix(batch: Batch, timers: list[TimerState]) -> list[int]:
         following = timer.id + 1
         event = struct.pack("<Qiii", timer.value, timer.signal, timer.notify, timer.thread).ljust(64, b"\0")
         places[timer.id] = batch.put(struct.pack("<i", timer.id))
-        batch.call(f"timer_create {timer.id}", arch.NR_timer_create, timer.clock, batch.put(event), places[timer.id])
+        batch.call(
+            f"timer_create {timer.id}", arch.NR_timer_create, timer.clock, batch.put(event), places[timer.id]
+        )
     if chosen:
         batch.call("timer ids off", arch.NR_prctl, PR_TIMER_CREATE_RESTORE_IDS, 0)
     return [places[state.timer.id] for state in timers]

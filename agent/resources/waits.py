@@ -1,12 +1,12 @@
 """Relative waits that were interrupted: their restart block cannot be copied, so it is made again.
 
-nanosleep, clock_nanosleep, poll and futex with a relative time keep the end of the wait in the task's restart block,
-which no interface reads or writes (restart_syscall(2)). Rebuilding: the shadow's thread makes the same call with the
-time that remains and is interrupted in it; its kernel then has an equal restart block, and with the captured
-registers put back the wait goes on to its end.
+nanosleep, clock_nanosleep, poll and futex with a relative time keep the end of the wait in the task's restart
+block, which no interface reads or writes (restart_syscall(2)). Rebuilding: the shadow's thread makes the same
+call with the time that remains and is interrupted in it; its kernel then has an equal restart block, and with
+the captured registers put back the wait goes on to its end.
 
-How much remains is known from when the thread went off its CPU to wait, `se.exec_start` in /proc/PID/task/TID/sched:
-it must be read before the thread is stopped.
+How much remains is known from when the thread went off its CPU to wait, `se.exec_start` in
+/proc/PID/task/TID/sched: it must be read before the thread is stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def interrupted(registers: Registers) -> bool:
 def identified(registers: Registers, memory: RemoteMemory) -> Registers:
     """Registers in which an already restarted wait shows its own number again instead of restart_syscall's.
 
-    The kernel forgets the number; the code before the syscall instruction has it (mov eax, number). ValueError if not.
+    The kernel forgets the number; the code before the syscall has it (mov eax, number). ValueError if not.
     """
     if registers.syscall != arch.NR_restart_syscall:
         return registers
@@ -57,7 +57,7 @@ def identified(registers: Registers, memory: RemoteMemory) -> Registers:
 
 
 class Asleep(msgspec.Struct, frozen=True):
-    """When a sleeping task left its CPU (milliseconds on the scheduler's clock), after how many voluntary switches."""
+    """When a sleeper left its CPU (ms on the scheduler's clock), after how many voluntary switches."""
 
     since: float
     switches: int
@@ -80,8 +80,9 @@ def observe(tid: int | str) -> Asleep | None:
 def clocks(cpus: Iterable[int]) -> dict[int, Asleep]:
     """Now, on the scheduler's clock of each of these CPUs; without those where we may not run.
 
-    Each has its own, which leaves out the time that interrupts and a hypervisor took from it: so they drift apart
-    without bound, and a time is only told by the clock of the CPU that it was taken on. Takes us to each for a moment.
+    Each has its own, which leaves out the time that interrupts and a hypervisor took from it: so they
+    drift apart without bound, and a time is only told by the clock of the CPU that it was taken on. Takes
+    us to each for a moment.
     """
     found: dict[int, Asleep] = {}
     allowed = os.sched_getaffinity(0)
@@ -121,9 +122,13 @@ class History:
         registers, before = self.recall(tid, registers, before)
         self._known.pop(tid, None)
         if before is not None and interrupted(registers) and registers.syscall != arch.NR_restart_syscall:
-            self._known[tid] = _Known(registers.orig_rax, registers.rip, before.since, before.switches, before.cpu)
+            self._known[tid] = _Known(
+                registers.orig_rax, registers.rip, before.since, before.switches, before.cpu
+            )
 
-    def recall(self, tid: int, registers: Registers, before: Asleep | None) -> tuple[Registers, Asleep | None]:
+    def recall(
+        self, tid: int, registers: Registers, before: Asleep | None
+    ) -> tuple[Registers, Asleep | None]:
         """The same, as if the wait had never been interrupted before."""
         known = self._known.get(tid)
         if known is None or before is None or registers.syscall != arch.NR_restart_syscall:
@@ -162,13 +167,17 @@ def _timeout_address(registers: Registers) -> int | None:
 
 
 def remaining_ns(
-    registers: Registers, memory: RemoteMemory, before: Asleep | None, after: Asleep | None, now: Asleep | None
+    registers: Registers,
+    memory: RemoteMemory,
+    before: Asleep | None,
+    after: Asleep | None,
+    now: Asleep | None,
 ) -> int | None:
-    """What is left of an interrupted wait; what was asked for where its beginning is not known. None: no such wait.
+    """What is left of an interrupted wait; all of it where its beginning is not known. None: no such wait.
 
-    `before` and `after` the stop tell whether it is the same sleep: our stop is the one voluntary switch in between.
-    `now` is of the CPU that `before` is of (`clocks`). That clock is never ahead of the wait's: it may end late (by what
-    interrupts and a hypervisor took, and MARGIN for rounding), never early.
+    `before` and `after` the stop tell whether it is the same sleep: our stop is the one voluntary switch in
+    between. `now` is of the CPU that `before` is of (`clocks`). That clock is never ahead of the wait's: it
+    may end late (by what interrupts and a hypervisor took, and MARGIN for rounding), never early.
     """
     if not interrupted(registers):
         return None
@@ -185,13 +194,14 @@ def remaining_ns(
 
 
 def remainder_at(registers: Registers) -> tuple[int, int] | None:
-    """Where the kernel writes what is left of an interrupted sleep (nanosleep(2)): it does again when that is rebuilt."""
-    address = {arch.NR_nanosleep: registers.rsi, arch.NR_clock_nanosleep: registers.r10}.get(registers.orig_rax)
+    """Where the kernel writes what is left of an interrupted sleep (nanosleep(2)), and again when rebuilt."""
+    places = {arch.NR_nanosleep: registers.rsi, arch.NR_clock_nanosleep: registers.r10}
+    address = places.get(registers.orig_rax)
     return (address, address + _TIMESPEC.size) if address and interrupted(registers) else None
 
 
 def call_with(registers: Registers, remaining: int, timespec_at: int) -> tuple[int, ...]:
-    """(number, arguments) of the same call with `remaining` nanoseconds; the timespec is written at `timespec_at`."""
+    """(number, arguments) of the same call with `remaining` nanoseconds; its timespec is at `timespec_at`."""
     number = registers.orig_rax
     arguments = [registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9]
     match number:

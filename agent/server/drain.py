@@ -1,5 +1,5 @@
-"""Emptying this host: what a plan says may leave is checked against one destination after another, and moved to the
-first that takes it.
+"""Emptying this host: what a plan says may leave is checked against one destination after another, and moved
+to the first that takes it.
 
 Each move is a migration of this service, on its record like any other. One process that cannot leave does not
 hold up the others; what the plan does not cover is left alone, and said.
@@ -141,7 +141,7 @@ class Draining:
             yield Member(process, rule.label, places, rule.options, problem)
 
     def _is_here(self, name: str) -> bool:
-        """Whether a host of the plan is this one, which may be called otherwise there than it calls itself."""
+        """Whether a host of the plan is this one, which may have another name there than for itself."""
         if name == LOCAL:
             return self._wanted.plan_file is not None or self._wanted.host == LOCAL
         names = (platform.node(), self._wanted.host or LOCAL)
@@ -179,7 +179,9 @@ class Draining:
         if not selection.is_still(member.process):
             message = f"process {member.process.pid} has ended"
             error = ErrorInfo(kind="no-such-process", message=message, where="source")
-            return member.answer(status="refused", tried=(*tried, Tried(destination=destination, error=error)))
+            return member.answer(
+                status="refused", tried=(*tried, Tried(destination=destination, error=error))
+            )
         return await self._move(member, destination, tried)
 
     async def _check(self, member: Member, destination: str) -> Tried:

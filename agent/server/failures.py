@@ -75,7 +75,9 @@ def _of_http(request: web.Request, error: web.HTTPException) -> str:
     if isinstance(error, web.HTTPNotFound):
         return f"there is nothing at {request.path}"
     if isinstance(error, web.HTTPMethodNotAllowed):
-        return f"{request.path} is not for {request.method}, but for {', '.join(sorted(error.allowed_methods))}"
+        return (
+            f"{request.path} is not for {request.method}, but for {', '.join(sorted(error.allowed_methods))}"
+        )
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return "the body is too large"
     return error.reason

@@ -29,7 +29,9 @@ from agent.supervisor import LIVE, UNTOUCHED
 from transport.process import AgentProcess, ProcessEnd, run_local
 
 GOODBYE_TIMEOUT: Final = 10.0  # seconds that a front may take to end after its last word
-ALONE: Final = "an engine left alone rolls back unless it has committed: `migrate ps` shows where the process is"
+ALONE: Final = (
+    "an engine left alone rolls back unless it has committed: `migrate ps` shows where the process is"
+)
 _OUTCOMES: Final = frozenset(map(str, Outcome))
 
 OnEvent: TypeAlias = Callable[[Event, bytes], None]
@@ -40,7 +42,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class Front:
-    """One request on its way through a process of its own; `on_event` gets each event, and as a line of JSON."""
+    """One request on its way through a process of its own; `on_event` gets each event, and its JSON line."""
 
     def __init__(self, request: Request, on_event: OnEvent, program: Program) -> None:
         self._request = request
@@ -59,7 +61,9 @@ class Front:
         try:
             end = await self._carry_out()
         except OSError as error:
-            self._finish(self._failed(Outcome.REFUSED, "agent-failed", f"the front cannot be started: {error}"))
+            self._finish(
+                self._failed(Outcome.REFUSED, "agent-failed", f"the front cannot be started: {error}")
+            )
             return
         if self.final is None:
             self._finish(self._silence(end))

@@ -1,4 +1,4 @@
-"""What schedulers call, and what plans need to find their processes: routes of their own, in `routes.ROUTES`."""
+"""What schedulers call, and what plans find their processes with: routes of their own, in `routes.ROUTES`."""
 
 from __future__ import annotations
 
@@ -152,10 +152,10 @@ ROUTES: Final = (
         "/v1/hooks/drain",
         drain,
         "Empty this host: move away what a plan says may move, and say what came of each process.",
-        "The plan is an object as in docs/plans.md, or a file of this host. The moves are migrations of this service. "
-        "With `Accept: application/x-ndjson` the answer is every event, a line each, to the last one, `drained`. "
-        "If the request says `on_disconnect: abort` (the default), closing the connection rolls back what runs and "
-        "starts nothing more. 409 while another one is under way.",
+        "The plan is an object as in docs/plans.md, or a file of this host. The moves are migrations of this "
+        "service. With `Accept: application/x-ndjson` the answer is every event, a line each, to the last "
+        "one, `drained`. If the request says `on_disconnect: abort` (the default), closing the connection "
+        "rolls back what runs and starts nothing more. 409 while another one is under way.",
         body=Drain,
         answer=DrainReport,
         stream=DrainEvent,
@@ -165,8 +165,10 @@ ROUTES: Final = (
         "POST",
         "/v1/hooks/drain/abort",
         abort_drain,
-        "Ask for the end of a drain: what runs is rolled back if it is not too late, nothing more is started.",
-        "The answer is how things are now; what comes of it is in the drain's own answer. 409 if there is none.",
+        "Ask for the end of a drain: "
+        "what runs is rolled back if it is not too late, nothing more is started.",
+        "The answer is how things are now; what comes of it is in the drain's own answer. "
+        "409 if there is none.",
         status=202,
         answer=DrainReport,
         errors=(409,),

@@ -127,7 +127,10 @@ class Migration:
             self.stream.end()
 
     def abort(self, reason: str) -> None:
-        """Ask for it to be rolled back; TooLate past the point of no return. The report says what came of it."""
+        """Ask for it to be rolled back; TooLate past the point of no return.
+
+        The report says what came of it.
+        """
         if self.report is not None:
             raise TooLate("it is over")
         if self._front.state in NO_RETURN | LIVE:

@@ -37,7 +37,8 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": components},
     }
-    return msgspec.json.decode(msgspec.json.encode(made), type=dict[str, Any])  # defaults are tuples, JSON has lists
+    # defaults are tuples, JSON has lists
+    return msgspec.json.decode(msgspec.json.encode(made), type=dict[str, Any])
 
 
 def _operation(route: Route, known: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +61,13 @@ def _operation(route: Route, known: dict[str, Any]) -> dict[str, Any]:
         made["description"] = route.description
     if route.parameters:
         made["parameters"] = [
-            {"name": p.name, "in": p.place, "required": p.place == "path", "schema": p.schema, "description": p.description}
+            {
+                "name": p.name,
+                "in": p.place,
+                "required": p.place == "path",
+                "schema": p.schema,
+                "description": p.description,
+            }
             for p in route.parameters
         ]
     if route.body is not None:

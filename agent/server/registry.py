@@ -23,7 +23,7 @@ class Closing(Exception):
 
 
 class Registry:
-    """Starts, finds and lists migrations, each a process of `program`. `on_event` is told of each, for the log."""
+    """Starts, finds and lists migrations, each a process of `program`. `on_event` gets each, for the log."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ class Parameter(msgspec.Struct, frozen=True):
 
 
 class Route(msgspec.Struct, frozen=True):
-    """`answer` and `body` are types of agent/api.py; `stream` is what each line is where lines are answered."""
+    """`answer` and `body` are types of agent/api.py; `stream` is that of a line, where lines are answered."""
 
     method: str
     path: str

@@ -101,7 +101,9 @@ async def check(request: web.Request) -> web.StreamResponse:
 
 def _check_failed(final: Finished | None) -> Failed:
     error = final.report.error if final is not None else None
-    return Failed(502, error or ErrorInfo(kind="check-failed", message="it ended without a result", where="source"))
+    return Failed(
+        502, error or ErrorInfo(kind="check-failed", message="it ended without a result", where="source")
+    )
 
 
 async def create(request: web.Request) -> web.Response:
@@ -182,7 +184,8 @@ ROUTES: Final = (
                 "measure",
                 "query",
                 {"enum": [*_TRUTH], "default": "1"},
-                "Whether to watch each for its dirty rate; it is stopped twice for that, about a millisecond each.",
+                "Whether to watch each for its dirty rate; "
+                "it is stopped twice for that, about a millisecond each.",
             ),
         ),
         answer=list[ProcessInfo],
@@ -193,8 +196,8 @@ ROUTES: Final = (
         "/v1/check",
         check,
         "What a move would meet; touches nothing.",
-        "With `Accept: application/x-ndjson` the answer is every event, a line each, to the last one, `checked` or "
-        "`finished`. Closing the connection gives it up.",
+        "With `Accept: application/x-ndjson` the answer is every event, a line each, to the last one, "
+        "`checked` or `finished`. Closing the connection gives it up.",
         body=Request,
         answer=CheckResult,
         stream=Event,
@@ -205,8 +208,8 @@ ROUTES: Final = (
         "/v1/migrations",
         create,
         "Start a move.",
-        "If the request says `on_disconnect: abort` (the default), the move is given up when nobody has read its "
-        "events for 5 s and it is not past the point of no return.",
+        "If the request says `on_disconnect: abort` (the default), the move is given up when nobody has read "
+        "its events for 5 s and it is not past the point of no return.",
         status=201,
         body=Request,
         answer=MigrationRecord,
@@ -254,15 +257,16 @@ ROUTES: Final = (
         "/v1/migrations/{id}/events",
         events,
         "Everything that happens to a move, a line each, from its beginning to its end.",
-        "Every event but `progress` has a number, from 0, in the order of the stream; `progress` is for those who are "
-        "there when it happens.",
+        "Every event but `progress` has a number, from 0, in the order of the stream; `progress` is for "
+        "those who are there when it happens.",
         parameters=(
             _ID,
             Parameter(
                 "from",
                 "query",
                 {"type": "integer", "minimum": 0, "default": 0},
-                "The first event wanted; for those who were cut off: how many they have seen, `progress` apart.",
+                "The first event wanted; "
+                "for those who were cut off: how many they have seen, `progress` apart.",
             ),
         ),
         stream=Event,

@@ -1,7 +1,7 @@
 """Which processes of this host somebody means, and which there are.
 
-Kernel threads, what is dead, and our own (this service, what it started, the connections to it, the tool) are no
-processes here: they cannot be moved, and `name: python3` does not mean them.
+Kernel threads, what is dead, and our own (this service, what it started, the connections to it, the tool) are
+no processes here: they cannot be moved, and `name: python3` does not mean them.
 """
 
 from __future__ import annotations

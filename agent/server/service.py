@@ -1,11 +1,12 @@
 """The service's life: `migrate-agent serve`.
 
-One a socket: whoever holds the lock beside it is the service, and the kernel gives the lock back however it
-ends. A service on demand ends when nothing runs and nobody is connected for a while, and takes socket and lock with it; a
-connection that comes in this moment finds itself closed without an answer, and `connect` tries again.
+One a socket: whoever holds the lock beside it is the service, and the kernel gives the lock back however
+it ends. A service on demand ends when nothing runs and nobody is connected for a while, and takes socket
+and lock with it; a connection that comes in this moment finds itself closed without an answer, and
+`connect` tries again.
 
-SIGTERM, SIGINT and SIGHUP end it in order: nothing new is begun, what runs is rolled back or, if it is too late for
-that, carried through. Killed, its fronts read the end of their input, which means the same.
+SIGTERM, SIGINT and SIGHUP end it in order: nothing new is begun, what runs is rolled back or, if it is too
+late for that, carried through. Killed, its fronts read the end of their input, which means the same.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ async def _until_interrupted(watch: Watch, record: MigrationRecord) -> Finished:
     try:
         return await watching
     except asyncio.CancelledError:
-        alone = "it goes on" if record.request.on_disconnect == "continue" else "without anybody it is given up in 5 s"
+        goes_on = record.request.on_disconnect == "continue"
+        alone = "it goes on" if goes_on else "without anybody it is given up in 5 s"
         message = f"not watched any more; {alone}"
         raise Failure("interrupted", message, "coordinator", ExitCode.REFUSED) from None

@@ -53,8 +53,8 @@ def drain(
 ) -> None:
     """Empty a host: move away what a plan says may move, and say what came of each process.
 
-    HOST is `local` for this one. Each process goes to the first destination that can take it; one that cannot leave
-    does not hold up the others. What no rule is about is left alone.
+    HOST is `local` for this one. Each process goes to the first destination that can take it; one that cannot
+    leave does not hold up the others. What no rule is about is left alone.
     """
     plan = command.load(file, common)
     wanted = Drain(

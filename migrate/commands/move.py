@@ -37,10 +37,10 @@ def move(
 ) -> None:
     """Move a running process to another host.
 
-    Without SRC the process is one of this host. Ctrl-C gives up: the process runs on where it was, unless
-    it has already moved; the report says which. What could not be moved whole is refused before anything is
-    touched. The move belongs to this command: if it is gone for 5 seconds the process stays where it is, but for
-    --detach and --keep-going.
+    Without SRC the process is one of this host. Ctrl-C gives up: the process runs on where it was, unless it
+    has already moved; the report says which. What could not be moved whole is refused before anything is
+    touched. The move belongs to this command: if it is gone for 5 seconds the process stays where it is, but
+    for --detach and --keep-going.
 
     DEST is reached from SRC, with SRC's SSH keys and ssh_config; --identity and --ssh-config are for
     connections from here.

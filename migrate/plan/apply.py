@@ -1,9 +1,10 @@
 """Checks and carries out the moves of a plan.
 
-    find the processes -> check all moves -> (all can be made, or the plan says to go on) -> make them, in order
+    find processes -> check all moves -> (all can be made, or the plan says to go on) -> make them, in order
 
-Each check and each move is a `Coordinator`'s, as on the command line. Between a move's check and the move itself
-minutes may pass: before it begins its process is looked for again, and it is not made if that is another one now.
+Each check and each move is a `Coordinator`'s, as on the command line. Between a move's check and the
+move itself minutes may pass: before it begins its process is looked for again, and it is not made if
+that is another one now.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Member:
         )
 
     def take_selection(self, found: Selection) -> None:
-        """The process that is meant: the only one at first, later the same one as before. Refused otherwise."""
+        """The process that is meant: the only one at first, later the same as before. Refused otherwise."""
         if self.process is None and len(found.processes) == 1:
             self.process = found.processes[0]
         elif self.process is None or self.process not in found.processes:
@@ -77,7 +78,10 @@ class Member:
         if self.process is not None:
             return "process-changed", f"process {self.process.pid}, which was checked, is not there any more"
         numbers = ", ".join(str(each.pid) for each in found.processes)
-        message = f"several processes are called {self.move.select}: {numbers} (select one by its pid, or by a pidfile)"
+        message = (
+            f"several processes are called {self.move.select}: {numbers} "
+            "(select one by its pid, or by a pidfile)"
+        )
         return "ambiguous", message
 
     def take_check(self, answer: Finished | Checked) -> None:
@@ -106,7 +110,7 @@ class Member:
 
 
 class PlanRun:
-    """One check or application of a plan. `on_event` gets each event with the name of the move it is about."""
+    """A check or application of a plan. `on_event` gets each event with the name of the move it is about."""
 
     def __init__(self, plan: Plan, ssh: SshOptions, on_event: OnEvent) -> None:
         """`ssh`: how hosts are reached from here."""
@@ -138,7 +142,7 @@ class PlanRun:
         return self._report("migrated")
 
     def interrupt(self) -> None:
-        """A person wants this to end: what runs is rolled back, nothing more is started. Again: leave at once."""
+        """A person wants an end: what runs is rolled back, nothing more is started. Again: leave at once."""
         self._interrupts += 1
         for task in self._selecting:
             task.cancel()
@@ -152,7 +156,9 @@ class PlanRun:
             waiting = sum(each.status == "not-started" for each in results)
             message = f"interrupted; {waiting} of {len(results)} moves were not started"
             error = ErrorInfo(kind="aborted", message=message, where="coordinator")
-        return PlanReport(outcome=worst((each.status for each in results), without), moves=results, error=error)
+        return PlanReport(
+            outcome=worst((each.status for each in results), without), moves=results, error=error
+        )
 
     async def _check_all(self) -> None:
         by_source: dict[str, list[Member]] = {}

@@ -50,9 +50,11 @@ def _fail(file: Path, error: InvalidPlan, common: Common) -> NoReturn:
 
 
 def reached_by(plan: Plan, common: Common) -> SshOptions:
-    """How hosts are reached from here: what the command line says, else the plan, else the person's config.yaml."""
+    """How hosts are reached from here: by the command line, else the plan, else the person's config.yaml."""
     said = {name for name in plan.ssh.__struct_fields__ if getattr(plan.ssh, name) != getattr(_UNSAID, name)}
-    return msgspec.structs.replace(common.ssh, **{name: getattr(plan.ssh, name) for name in said - common.typed})
+    return msgspec.structs.replace(
+        common.ssh, **{name: getattr(plan.ssh, name) for name in said - common.typed}
+    )
 
 
 class Audience:

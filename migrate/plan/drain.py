@@ -50,7 +50,9 @@ class DrainWatch:
         except asyncio.CancelledError:
             if self._aborting is None:
                 raise
-            return self._unheard(ErrorInfo(kind="aborted", message=f"interrupted; {_ALONE}", where="coordinator"))
+            return self._unheard(
+                ErrorInfo(kind="aborted", message=f"interrupted; {_ALONE}", where="coordinator")
+            )
         except Lost as lost:
             return self._unheard(msgspec.structs.replace(lost.info, message=f"{lost}; {_ALONE}"))
 

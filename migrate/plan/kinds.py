@@ -1,7 +1,7 @@
 """The kinds of values in a plan: what is written for each, and how it is read.
 
-A reader returns the value, or reports what is wrong and returns INVALID: the rest of the plan is read all the same,
-so that a person sees all that is wrong at once.
+A reader returns the value, or reports what is wrong and returns INVALID: the rest of the plan is read all the
+same, so that a person sees all that is wrong at once.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def number(low: int, high: int) -> Kind:
         if not isinstance(node, Scalar) or node.kind != "number" or not _NUMBER.fullmatch(node.text):
             return fail(node, report, f"here must be {range_}, not {what(node)}")
         value = int(node.text)
-        return value if low <= value <= high else fail(node, report, f"here must be {range_}, not {node.text}")
+        return (
+            value if low <= value <= high else fail(node, report, f"here must be {range_}, not {node.text}")
+        )
 
     return Kind(range_, read)
 
@@ -165,7 +167,9 @@ def _name(words: str) -> str:
 
 def _process_name(words: str) -> str:
     if "/" in words or "\0" in words or not words or len(words) > 255:
-        raise ValueError(f"{shown(words)} is no name of a process: as `ps -o comm` shows it, without directories")
+        raise ValueError(
+            f"{shown(words)} is no name of a process: as `ps -o comm` shows it, without directories"
+        )
     return words
 
 

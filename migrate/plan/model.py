@@ -1,4 +1,4 @@
-"""What a plan is, once it has been read: every value checked, in the units of agent/api.py, defaults filled in."""
+"""What a plan is, once read: every value checked, in the units of agent/api.py, defaults filled in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnFailure = Literal["stop", "continue"]
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One process and where it goes. `source` and `destination` as on the command line, or LOCAL as a source."""
+    """One process and where to. `source`, `destination`: as on the command line, or LOCAL as a source."""
 
     select: Select
     source: str

@@ -27,7 +27,7 @@ _OF_OUTCOME: Final[dict[Outcome, Status]] = {
 
 
 class MoveResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One move of a plan. `check`, if it was checked and an answer came; `report`, of the move, or of why not."""
+    """One move of a plan. `check`, if one was made and answered; `report`, of the move, or of why not."""
 
     name: str
     select: Select
@@ -53,7 +53,10 @@ class PlanProblem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `migrate plan … --json` prints. Moves in the plan's order; `problems` if there is no plan to speak of."""
+    """What `migrate plan … --json` prints.
+
+    Moves in the plan's order; `problems` if there is no plan to speak of.
+    """
 
     outcome: Result
     moves: tuple[MoveResult, ...] = ()
@@ -66,7 +69,7 @@ def of_outcome(outcome: Outcome) -> Status:
 
 
 def worst(statuses: Iterable[Status], without: Result = "migrated") -> Result:
-    """In doubt before rolled back before refused; what was not started counts as refused. `without` any: `without`."""
+    """In doubt before rolled back before refused; not started counts as refused. `without` any: `without`."""
     found = set(statuses) - {"not-covered"}
     if "in-doubt" in found:
         return "in-doubt"
@@ -78,7 +81,7 @@ def worst(statuses: Iterable[Status], without: Result = "migrated") -> Result:
 
 
 def exit_code(result: Result, errors: Iterable[ErrorInfo | None]) -> ExitCode:
-    """`errors`: of each that was refused, None for one with blockers. Nobody reached is another code than refused."""
+    """`errors`: of each that was refused, None for one with blockers. Nobody reached is a code of its own."""
     kinds = [error.kind if error is not None else "" for error in errors]
     if result == "refused" and kinds and all(kind in LINK_KINDS for kind in kinds):
         return ExitCode.UNREACHABLE
@@ -87,7 +90,9 @@ def exit_code(result: Result, errors: Iterable[ErrorInfo | None]) -> ExitCode:
 
 def of_plan(report: PlanReport) -> ExitCode:
     refused = (each for each in report.moves if each.status == "refused")
-    return exit_code(report.outcome, (each.report.error if each.report is not None else None for each in refused))
+    return exit_code(
+        report.outcome, (each.report.error if each.report is not None else None for each in refused)
+    )
 
 
 def of_drain(report: DrainReport) -> ExitCode:

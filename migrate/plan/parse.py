@@ -1,4 +1,4 @@
-"""A plan from its text, or everything that is wrong with it at once, each with the place where it is written."""
+"""A plan from its text, or all that is wrong with it at once, each with the place where it is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from migrate.plan.tree import Items, Mapping, Node, Place, Problem, Scalar, Unre
 
 MAX_PROBLEMS: Final = 100
 _OPTIONS: Final = {"limits", "compression", "compression_level", "verify", "copy_files", "leave_stopped"}
-_NAMES: Final = {"downtime_limit": "downtime_limit_ms", "freeze_timeout": "freeze_timeout_ms", "address": "addresses"}
+_NAMES: Final = {
+    "downtime_limit": "downtime_limit_ms",
+    "freeze_timeout": "freeze_timeout_ms",
+    "address": "addresses",
+}
 T = TypeVar("T")
 
 
@@ -91,7 +95,9 @@ class _Reader:
         if top is None:
             return None
         if not {"moves", "drain"} & top.places.keys():
-            self.report(Problem(root.place, "the keys 'moves' and 'drain' are both missing: there is nothing to do"))
+            self.report(
+                Problem(root.place, "the keys 'moves' and 'drain' are both missing: there is nothing to do")
+            )
         defaults: dict[str, Any] = top.values.get("defaults", {})
         moves = [self._move(read, defaults) for read in top.values.get("moves", ())]
         rules = [self._rule(read, defaults) for read in top.values.get("drain", ())]
@@ -102,7 +108,9 @@ class _Reader:
             return None
         carried_out = {name: defaults[name] for name in ("on_failure", "parallel") if name in defaults}
         ssh = SshOptions(**defaults.get("ssh", {}))
-        return Plan(moves=tuple(filter(None, moves)), drain=tuple(filter(None, rules)), ssh=ssh, **carried_out)
+        return Plan(
+            moves=tuple(filter(None, moves)), drain=tuple(filter(None, rules)), ssh=ssh, **carried_out
+        )
 
     def _move(self, read: Read, defaults: dict[str, Any]) -> Move | None:
         values = read.values

@@ -41,7 +41,9 @@ def of_plan(plan: PlanReport) -> RenderableType:
     table = _table("move", "pid", "from", "to")
     for each in plan.moves:
         pid = "" if each.process is None else str(each.process.pid)
-        table.add_row(clean(each.name), pid, each.source, _arrived(each.destination, each.report), *_how(each))
+        table.add_row(
+            clean(each.name), pid, each.source, _arrived(each.destination, each.report), *_how(each)
+        )
     details = [part for each in plan.moves for part in _of_move(each)]
     return Group(_headline(plan.outcome, [each.status for each in plan.moves], plan.error), table, *details)
 
@@ -54,7 +56,9 @@ def of_drain(drain: DrainReport, all: bool) -> RenderableType:
         name, pid = clean(each.process.name), str(each.process.pid)
         to = "" if each.destination is None else clean(each.destination.host)
         table.add_row(name, pid, clean(each.rule or ""), _arrived(to, each.report), *_how(each))
-    left = f"{len(drain.processes) - len(covered)} processes of {clean(drain.host)} are not covered by the plan"
+    left = (
+        f"{len(drain.processes) - len(covered)} processes of {clean(drain.host)} are not covered by the plan"
+    )
     details = [part for each in covered for part in _of_process(each)]
     headline = _headline(drain.outcome, [each.status for each in covered], drain.error)
     return Group(headline, table, Text(left, style="dim"), *details)
@@ -75,7 +79,9 @@ def _headline(outcome: Result, statuses: Sequence[Status], error: ErrorInfo | No
     if outcome not in ("ready", "migrated"):
         counts: Counter[str] = Counter(statuses)
         words = f"{', '.join(f'{count} {status}' for status, count in counts.items())}: {words}"
-    return Text(words + (f"\n{clean(error.message)}" if error is not None else ""), style=f"bold {_STYLES[outcome]}")
+    return Text(
+        words + (f"\n{clean(error.message)}" if error is not None else ""), style=f"bold {_STYLES[outcome]}"
+    )
 
 
 def _arrived(host: str, report: Report | None) -> str:
@@ -88,7 +94,12 @@ def _how(each: MoveResult | DrainedProcess) -> tuple[RenderableType, ...]:
     report = each.report
     if report is None or report.pause_ms is None:
         return status, "", "", ""
-    return status, units.milliseconds(report.pause_ms), units.seconds(report.total_s), units.size(report.bytes_sent)
+    return (
+        status,
+        units.milliseconds(report.pause_ms),
+        units.seconds(report.total_s),
+        units.size(report.bytes_sent),
+    )
 
 
 def _of_move(each: MoveResult) -> Iterable[RenderableType]:

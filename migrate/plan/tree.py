@@ -1,8 +1,8 @@
 """A document as a tree of nodes that know where they are written.
 
-A plan may come from anywhere, so nothing of it is constructed and everything is bounded: the bytes, the depth, and
-the nodes *after* aliases are followed, so that nine lines of aliases to aliases are refused and not expanded (the
-"billion laughs").
+A plan may come from anywhere, so nothing of it is constructed and everything is bounded: the bytes, the
+depth, and the nodes *after* aliases are followed, so that nine lines of aliases to aliases are refused and
+not expanded (the "billion laughs").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kind: TypeAlias = Literal["text", "number", "truth", "nothing"]
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where something is: `path` always, as in "moves[2].limits", line and column (from 1) if it is in a text."""
+    """Where something is: `path` always, as in "moves[2].limits", line and column (from 1) if in a text."""
 
     path: str = ""
     line: int = 0
@@ -41,7 +41,9 @@ class Place(msgspec.Struct, frozen=True):
 
     def inside(self, step: str) -> str:
         """The path of what is called `step` here."""
-        return step if not self.path else f"{self.path}{step}" if step.startswith("[") else f"{self.path}.{step}"
+        return (
+            step if not self.path else f"{self.path}{step}" if step.startswith("[") else f"{self.path}.{step}"
+        )
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -169,7 +171,11 @@ class _Loader(yaml.SafeLoader):
         self._count += 1
         if self._depth > MAX_DEPTH or self._count > MAX_NODES:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            words = f"nested deeper than {MAX_DEPTH}" if self._depth > MAX_DEPTH else f"more than {MAX_NODES:,} values"
+            words = (
+                f"nested deeper than {MAX_DEPTH}"
+                if self._depth > MAX_DEPTH
+                else f"more than {MAX_NODES:,} values"
+            )
             raise _TooMuch(problem=words, problem_mark=mark)
         try:
             return super().compose_node(parent, index)

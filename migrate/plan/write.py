@@ -14,7 +14,7 @@ from migrate.plan.model import VERSION, Move, Plan, Rule
 
 
 def _duration(milliseconds: float) -> str:
-    return f"{Decimal(repr(milliseconds)):f}ms"  # the shortest that reads as the same number, without an exponent
+    return f"{Decimal(repr(milliseconds)):f}ms"  # the shortest that reads as the same, without an exponent
 
 
 _LIMITS: Final[dict[str, tuple[str, Callable[[Any], object]]]] = {

@@ -51,7 +51,9 @@ def _growth(run: Run) -> float | None:
 
 def _ssh(run: Run, link: str) -> float | None:
     """What ssh carries, MB/s: by the faster of its ciphers."""
-    rates = [spread(each.values) for each in run.limits if each.name in (f"ssh, {link}", f"ssh aes128-gcm, {link}")]
+    rates = [
+        spread(each.values) for each in run.limits if each.name in (f"ssh, {link}", f"ssh aes128-gcm, {link}")
+    ]
     return max((each.median for each in rates if each), default=None)
 
 

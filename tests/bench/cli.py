@@ -30,9 +30,13 @@ FAILURES: Final = 2  # of one case, and the rest of its samples are not tried
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench", description="Measure moves on a lab of two hosts; for root.")
+    parser = argparse.ArgumentParser(
+        prog="bench", description="Measure moves on a lab of two hosts; for root."
+    )
     parser.add_argument("--quick", action="store_true", help="some of the cases, two samples each")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="cases by name, as in threads/1000")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="cases by name, as in threads/1000"
+    )
     parser.add_argument("--repeat", type=int, metavar="N", help=f"samples of each case (default {REPEAT})")
     parser.add_argument("--no-limits", action="store_true", help="leave out what the machine does without us")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR")
@@ -54,7 +58,11 @@ class Progress:
     def sample(self, name: str, number: int, of: int, found: Sample) -> None:
         if found.outcome != "migrated":
             return self.say(f"{name} {number}/{of}: {found.outcome}: {found.error}")
-        figures = (f"gap {found.gap_ms:.1f} ms", f"pause {found.pause_ms:.1f} ms", f"total {found.total_s:.1f} s")
+        figures = (
+            f"gap {found.gap_ms:.1f} ms",
+            f"pause {found.pause_ms:.1f} ms",
+            f"total {found.total_s:.1f} s",
+        )
         wait = () if found.wait_ms is None else (f"clients {found.wait_ms:.1f} ms",)
         return self.say(f"{name} {number}/{of}: {', '.join([*figures, *wait])}")
 
@@ -106,9 +114,12 @@ class Measuring:
 
 def run(options: argparse.Namespace, cases: list[Case]) -> Run:
     began, load, (commit, changed) = datetime.now(UTC), os.getloadavg()[0], machine.commit()
-    measuring = Measuring(options.repeat or (QUICK_REPEAT if options.quick else REPEAT), not options.no_limits)
+    repeat = options.repeat or (QUICK_REPEAT if options.quick else REPEAT)
+    measuring = Measuring(repeat, not options.no_limits)
     if load > BUSY:
-        measuring.progress.say(f"the machine is busy, load average {load:.1f}: the figures will be worse than they need be")
+        measuring.progress.say(
+            f"the machine is busy, load average {load:.1f}: the figures will be worse than they need be"
+        )
     try:
         measuring.run(cases)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a person would otherwise use: `criu` where one is on PATH that works, on this machine alone, images on tmpfs.
+"""What a person would otherwise use: `criu`, where one on PATH works, on this machine alone, images on tmpfs.
 
 It dumps and restores the same workload without any network between: the least that a move with it can cost.
 """
@@ -33,7 +33,9 @@ def limits(repeat: int) -> list[Limit]:
     if refusal is not None:
         return [refusal]
     name = f"criu {_version()}"
-    return [_limit(f"{name}, {size} MiB, {rate} MB/s: longest gap", size, rate, repeat) for size, rate in CASES]
+    return [
+        _limit(f"{name}, {size} MiB, {rate} MB/s: longest gap", size, rate, repeat) for size, rate in CASES
+    ]
 
 
 def trouble() -> Limit | None:
@@ -43,7 +45,9 @@ def trouble() -> Limit | None:
     done = _run("check", check=False)
     if done.returncode == 0:
         return None
-    return Limit(name=f"criu {_version()}", unit="", values=(), error=said(done.stdout + done.stderr), how="criu check")
+    return Limit(
+        name=f"criu {_version()}", unit="", values=(), error=said(done.stdout + done.stderr), how="criu check"
+    )
 
 
 def said(output: str) -> str:

@@ -56,7 +56,9 @@ def write(page: Path = PAGE, run: Path = RUN) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.docs", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is what the run gives")
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether the page is what the run gives"
+    )
     if parser.parse_args().check:
         return 0 if current() else 1
     write()

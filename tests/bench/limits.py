@@ -1,4 +1,4 @@
-"""What the machine does without us: the pipe that ssh is, memory read and written across processes, a scan of pages.
+"""What the machine does without us: ssh's pipe, memory read and written across processes, a scan of pages.
 
 `python -m bench.limits` measures the memory's, in a process of its own, and prints them as JSON.
 """
@@ -83,7 +83,9 @@ class Memory:
         self.map.madvise(mmap.MADV_DONTNEED)
 
 
-def _timed(repeat: int, work: Callable[[], object], before: Callable[[], object] = lambda: None) -> list[float]:
+def _timed(
+    repeat: int, work: Callable[[], object], before: Callable[[], object] = lambda: None
+) -> list[float]:
     """Seconds of each of `repeat` times, after one that does not count."""
     times = []
     for _ in range(repeat + 1):
@@ -115,7 +117,9 @@ def _transfers(held: Memory, pid: int, repeat: int) -> dict[str, list[float]]:
     at = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
     parts = [(start, start + CHUNK) for start in range(held.start, held.end, CHUNK)]
     found = {
-        "memory read, process_vm_readv": _timed(repeat, lambda: [remote.read_into(at, [part]) for part in parts]),
+        "memory read, process_vm_readv": _timed(
+            repeat, lambda: [remote.read_into(at, [part]) for part in parts]
+        ),
         "memory write, process_vm_writev, pages that are there": _timed(
             repeat, lambda: [remote.write_from(at, [part]) for part in parts]
         ),
@@ -157,7 +161,12 @@ def _measure(repeat: int) -> list[dict[str, object]]:
     speeds = _remote(repeat)
     speeds["memory write, process_vm_writev, new pages"] = _fresh(repeat)
     limits: list[dict[str, object]] = [
-        {"name": name, "unit": "GB/s", "values": [GIB / 1e9 / each for each in times], "how": "512 KiB a call"}
+        {
+            "name": name,
+            "unit": "GB/s",
+            "values": [GIB / 1e9 / each for each in times],
+            "how": "512 KiB a call",
+        }
         for name, times in speeds.items()
     ]
     return limits + [

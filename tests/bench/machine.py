@@ -35,7 +35,9 @@ def machine() -> Machine:
 
 def _cpu(text: str) -> str:
     """The model's name, or where a hypervisor hides it, its vendor, family and number."""
-    fields: dict[str, str] = dict(re.findall(r"^([^\n:]+?)\s*: (.*)$", text.split("\n\n", maxsplit=1)[0], re.M))
+    fields: dict[str, str] = dict(
+        re.findall(r"^([^\n:]+?)\s*: (.*)$", text.split("\n\n", maxsplit=1)[0], re.M)
+    )
     name = fields.get("model name", "")
     if re.search("[A-Za-z]", name):
         return name
@@ -56,7 +58,7 @@ def _git(*command: str) -> str:
 
 
 def cgroup_root() -> Path:
-    """Where the version 2 hierarchy is mounted (cgroups(7)): it accounts CPU time in every group, by itself."""
+    """Where version 2's hierarchy is mounted (cgroups(7)): it accounts CPU time in every group by itself."""
     for line in Path("/proc/mounts").read_text().splitlines():
         _, place, kind, *_ = line.split()
         if kind == "cgroup2":
@@ -65,10 +67,10 @@ def cgroup_root() -> Path:
 
 
 class Account:
-    """A cgroup of its own for a process and all that it starts from now on; what they use is counted together.
+    """A cgroup of its own for a process and all that it starts from now on; their use is counted together.
 
-    Made for a host's first process it counts sshd and what comes by ssh, the agents: what a lab runs in a host is not
-    started by that host.
+    Made for a host's first process it counts sshd and what comes by ssh, the agents: what a lab runs in a
+    host is not started by that host.
     """
 
     def __init__(self, name: str, pid: int) -> None:

@@ -123,12 +123,14 @@ def cases() -> list[Case]:
 
 
 def chosen(only: tuple[str, ...], quick: bool) -> list[Case]:
-    """The cases that match one of `only` (names, patterns, or what a name begins with); ValueError if none does."""
+    """The cases that match one of `only` (names, patterns, or how a name begins); ValueError if none does."""
     found = [case for case in cases() if not quick or case.name in QUICK]
     if only:
         found = [case for case in cases() if any(_matches(case.name, pattern) for pattern in only)]
     if not found:
-        raise ValueError(f"no case is called {', '.join(only)}; there are: {', '.join(case.name for case in cases())}")
+        raise ValueError(
+            f"no case is called {', '.join(only)}; there are: {', '.join(case.name for case in cases())}"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""One move, measured: by the workload's own heartbeats, by the agents' report, by the CPU time of both hosts."""
+"""One move, measured: by the workload's own heartbeats, the agents' report, the CPU time of both hosts."""
 
 from __future__ import annotations
 

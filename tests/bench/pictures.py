@@ -45,7 +45,9 @@ def _gaps(axes: Any, name: str, cases: list[Case]) -> None:
     for series in dict.fromkeys(case.series for case in cases):
         points = [(places.index(c.x), s) for c in cases if c.series == series and (s := _gap(c))]
         error = [[s.median - s.low for _, s in points], [s.high - s.median for _, s in points]]
-        axes.errorbar([x for x, _ in points], [s.median for _, s in points], error, marker="o", capsize=4, label=series)
+        axes.errorbar(
+            [x for x, _ in points], [s.median for _, s in points], error, marker="o", capsize=4, label=series
+        )
     axes.set_xticks(range(len(places)), places)
     axes.set(xlabel=name, ylabel="longest gap between heartbeats, ms", yscale="log")
     for shown in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -60,7 +62,9 @@ def _gap(case: Case) -> Spread | None:
 
 def _steps(axes: Any, cases: list[Case]) -> None:
     """The medians of the steps, one on the other."""
-    names = list(dict.fromkeys(p.name for c in cases for s in good(c) for p in s.phases if p.where == "source"))
+    names = list(
+        dict.fromkeys(p.name for c in cases for s in good(c) for p in s.phases if p.where == "source")
+    )
     labels = [case.name.partition("/")[2] for case in cases]
     base = [0.0] * len(cases)
     colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """What a run found, as its JSON file holds it: every single sample, and all that is needed to repeat it.
 
-Sizes are bytes, durations milliseconds where the name ends in `_ms` and seconds where it ends in `_s`, rates are a second.
+Sizes are bytes, durations milliseconds if the name ends in `_ms`, seconds if in `_s`, rates are a second.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     outcome: str
     error: str = ""
-    gap_ms: float | None = None  # the workload's longest without a heartbeat, from the command's start to its end
+    gap_ms: float | None = None  # the workload's longest without a heartbeat, while the command ran
     move_gap_ms: float | None = None  # the one after which it found itself on the other host
     idle_gap_ms: float | None = None  # the longest in the second before: what the machine does by itself
     wait_ms: float | None = None  # of a client for its answer, at the longest

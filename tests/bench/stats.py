@@ -37,7 +37,7 @@ def number(value: float) -> str:
 
 
 def written(found: Spread | None, scale: float = 1.0) -> str:
-    """`median (low..high)`, times `scale`; a dash where there is nothing, the median alone where it is all."""
+    """`median (low..high)`, times `scale`; a dash for nothing, the median alone where it is all."""
     if found is None:
         return "–"
     median = number(found.median * scale)

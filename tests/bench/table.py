@@ -1,4 +1,4 @@
-"""A run as tables: one of moves and one of phases for each benchmark, one of limits; as text and as Markdown."""
+"""A run as tables: one of moves and one of phases per benchmark, one of limits; as text and as Markdown."""
 
 from __future__ import annotations
 
@@ -76,8 +76,12 @@ def benchmarks(run: Run) -> dict[str, list[Case]]:
 def moves(name: str, cases: list[Case]) -> Table:
     """Medians (least..greatest); a column without any value is left out."""
     shown = [column for column in COLUMNS if any(_measured(column, case) for case in cases)]
-    rows = [[_label(case), str(len(good(case))), *(_cell(column, case) for column in shown)] for case in cases]
-    return Table(f"{name}: moves", [name, "samples", *(column.name for column in shown)], rows, _failures(cases))
+    rows = [
+        [_label(case), str(len(good(case))), *(_cell(column, case) for column in shown)] for case in cases
+    ]
+    return Table(
+        f"{name}: moves", [name, "samples", *(column.name for column in shown)], rows, _failures(cases)
+    )
 
 
 def _label(case: Case) -> str:
@@ -105,7 +109,9 @@ def _failures(cases: Iterable[Case]) -> list[str]:
 def phases(name: str, cases: list[Case]) -> Table | None:
     """Median milliseconds of the source's steps, in their order; the destination's lie inside of them."""
     moved = [case for case in cases if good(case)]
-    names = list(dict.fromkeys(p.name for case in moved for s in good(case) for p in s.phases if p.where == "source"))
+    names = list(
+        dict.fromkeys(p.name for case in moved for s in good(case) for p in s.phases if p.where == "source")
+    )
     if not names:
         return None
     rows = [[_label(case), *(_phase(case, phase) for phase in names)] for case in moved]
@@ -138,10 +144,13 @@ def text(table: Table) -> str:
     height = max(map(len, heads))
     top = [[words[i] if i < len(words) else "" for words in heads] for i in range(height)]
     widths = [max(len(row[i]) for row in [*top, *table.rows]) for i in range(len(heads))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in top]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in top
+    ]
     lines.append("  ".join("-" * width for width in widths))
     lines += [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table.rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table.rows
     ]
     return "\n".join([table.title, *lines, *table.notes])
 

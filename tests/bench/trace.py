@@ -1,4 +1,4 @@
-"""What a workload recorded of itself, 10 ms a line (tests/programs/common/load.h), and what it says of a move."""
+"""What a workload recorded, 10 ms a line (tests/programs/common/load.h), and what it says of a move."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def move_gap(trace: list[Record]) -> float | None:
 
 
 def slowdown(trace: list[Record], field: str, before: Window, during: Window) -> float | None:
-    """How much slower `field` grew in `during` than `before`, as a share; None where nothing grew, or too briefly."""
+    """How much slower `field` grew `during` than `before`, a share; None if nothing grew, or too briefly."""
     usual, then = _rate(within(trace, before), field), _rate(within(trace, during), field)
     if not usual or then is None:
         return None

@@ -25,7 +25,9 @@ def main(scenario: str, command: str) -> int:
         return connect.bridge(places.default(), [*program, "serve"], dict(os.environ))
     log.set_up(2, "text")
     where = places.default()
-    return service.run(service.Settings(places=where, program=(program, dict(os.environ)), idle_exit=IDLE_EXIT))
+    return service.run(
+        service.Settings(places=where, program=(program, dict(os.environ)), idle_exit=IDLE_EXIT)
+    )
 
 
 if __name__ == "__main__":

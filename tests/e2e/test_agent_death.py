@@ -1,7 +1,7 @@
-"""An agent killed at any moment of pre-copy's work in the process leaves it unharmed, and what it leaves can be undone.
+"""An agent killed at any moment of pre-copy leaves the process unharmed, and what it leaves can be undone.
 
-Each test has an engine of its own, forked, which dies at its n-th step inside the process: for every n there is, in CI
-for every third. The programs check themselves: registers, stacks, masks, waits, clocks.
+Each test has an engine of its own, forked, which dies at its n-th step inside the process: for every n there
+is, in CI for every third. The programs check themselves: registers, stacks, masks, waits, clocks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from transport.codec import Encoder
 
 PROGRAMS = build()
 DONE = 42
-# all in `make test-all`; a stride that has no divisor with the parts of a visit, so that none is always passed over
+# all in `make test-all`; a stride that shares no divisor with the parts of a visit,
+# so that none is always passed over
 STRIDE, KILLS = (1, 25) if FULL else (3, 10)
 
 
@@ -81,7 +82,7 @@ class Program:
 
 def selfcheck(directory: Path) -> Program:
     (directory / "files").mkdir()
-    # each death may hold up a thread until it no longer waits for its tracer, and one thread may be chosen each time
+    # each death may hold up a thread until it waits for its tracer no more, and it may be the same each time
     options = ("--megabytes", "16", "--threads", "2", "--max-gap", "100")
     return Program("selfcheck", directory, "--dir", str(directory / "files"), *options)
 

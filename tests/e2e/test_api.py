@@ -1,4 +1,4 @@
-"""The agent's service on real hosts: driven by curl, by several tools at once, and bereft of each of its parts."""
+"""The agent's service on real hosts: driven by curl, by many tools at once, bereft of each of its parts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def services(lab: Hosts, host: str) -> list[int]:
 
 
 def status(lab: Hosts, place: str = "alpha", asking: str = "client") -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(lab.run(asking, "migrate", "status", place, "--json"))["migrations"]
+    listed = json.loads(lab.run(asking, "migrate", "status", place, "--json"))
+    found: list[dict[str, Any]] = listed["migrations"]
     return found
 
 
@@ -87,7 +88,8 @@ def test_a_move_by_curl(lab: Hosts, workload: Workload) -> None:
     check = {**request, "operation": "check"}
     assert curl(lab, "alpha", "/v1/check", "-d", json.dumps(check))["blockers"] == []
     created = curl(lab, "alpha", "/v1/migrations", "-d", json.dumps(request))
-    lines = lab.run("alpha", "curl", "-sSN", "--unix-socket", SOCKET, f"http://agent/v1/migrations/{created['id']}/events")
+    url = f"http://agent/v1/migrations/{created['id']}/events"
+    lines = lab.run("alpha", "curl", "-sSN", "--unix-socket", SOCKET, url)
     events = [json.loads(line) for line in lines.splitlines()]
     states = [each["state"] for each in events if each["event"] == "state"]
     assert states[:3] == ["examining", "offering", "preparing"] and states[-1] == "migrated"
@@ -134,7 +136,9 @@ def test_a_tool_that_is_killed_leaves_a_move_that_is_to_go_on(lab: Hosts, worklo
 
 
 def test_a_detached_move_is_attached_to_from_elsewhere(lab: Hosts, workload: Workload) -> None:
-    record = json.loads(lab.run("client", "migrate", "move", f"alpha:{workload.pid}", "beta", "--detach", "--json"))
+    record = json.loads(
+        lab.run("client", "migrate", "move", f"alpha:{workload.pid}", "beta", "--detach", "--json")
+    )
     code, report = ended(lab.attend("client", "migrate", "attach", "alpha", record["id"], "--json"))
     assert (code, report["outcome"]) == (DONE, "migrated")
     assert json.loads(lab.run("client", "migrate", "report", "alpha", record["id"], "--json")) == report
@@ -170,7 +174,8 @@ def test_a_service_with_the_capabilities_of_the_unit(lab: Hosts, workload: Workl
         for pid in services(lab, host):
             lab.kill(host, pid, "TERM")
         until(lambda host=host: not services(lab, host), "the end of the services")  # type: ignore[misc]
-        lab.start(host, "setpriv", "--no-new-privs", f"--bounding-set=-all,{bounding(lab, host)}", "migrate-agent", "serve")
+        limited = ("setpriv", "--no-new-privs", f"--bounding-set=-all,{bounding(lab, host)}")
+        lab.start(host, *limited, "migrate-agent", "serve")
         until(lambda host=host: lab.ask(host, "test", "-S", SOCKET).returncode == 0, "the service")  # type: ignore[misc]
     try:
         for destination in ("beta", "alpha"):
@@ -216,17 +221,20 @@ def test_a_host_that_nobody_vouches_for(lab: Hosts, place: Place) -> None:
 
 
 def test_the_address_that_the_tool_came_by_stays(lab: Hosts, workload: Workload) -> None:
-    """Refused for a tool elsewhere, which would lose the host; only it, not the service, knows by which address."""
+    """Refused for a tool elsewhere, which would lose the host; it, not the service, knows by what address."""
     extra = "10.77.0.201"
     lab.run("alpha", "ip", "address", "add", f"{extra}/32", "dev", "eth0")
     try:
         options = ("beta", "--address", extra, "--json")
-        key = next(line for line in lab.run("client", "cat", "/root/.ssh/known_hosts").splitlines() if "alpha" in line)
+        lines = lab.run("client", "cat", "/root/.ssh/known_hosts").splitlines()
+        key = next(line for line in lines if "alpha" in line)
         known = Path(workload.status.parent, "known_hosts")
         known.write_text(f"{extra} {' '.join(key.split()[1:])}\n")
         config = Path(workload.status.parent, "ssh_config")
         config.write_text(f"UserKnownHostsFile {known}\n")
-        refused = lab.ask("client", "migrate", "check", f"{extra}:{workload.pid}", *options, "--ssh-config", config)
+        refused = lab.ask(
+            "client", "migrate", "check", f"{extra}:{workload.pid}", *options, "--ssh-config", config
+        )
         assert "address-carries-link" in refused.stdout, refused.stdout + refused.stderr
         allowed = lab.ask("client", "migrate", "check", f"alpha:{workload.pid}", *options)
         assert allowed.returncode == DONE, allowed.stdout + allowed.stderr

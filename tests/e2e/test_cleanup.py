@@ -1,4 +1,4 @@
-"""The engine is killed where it has most to undo, in the freeze; or front and engine together: then a person cleans up."""
+"""The engine is killed in the freeze, where it has most to undo, or with its front: a person cleans up."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class Visitor:
 
 @pytest.fixture
 def session(lab: Hosts, place: Place) -> Iterator[RedisSession]:
-    lab.run("client", "ip", "neighbour", "flush", "dev", "eth0")  # the address may have been elsewhere in another test
+    # the address may have been elsewhere in another test
+    lab.run("client", "ip", "neighbour", "flush", "dev", "eth0")
     found = RedisSession(lab, place, 64)
     try:
         found.fill()

@@ -102,7 +102,7 @@ def test_source_worker_is_killed(interrupted: Interrupted) -> None:
 
 
 def test_source_agent_is_killed(interrupted: Interrupted) -> None:
-    """The front of the source: nobody tells the coordinator how it ended, and the process runs on all the same."""
+    """The front of the source: nobody tells the coordinator how it ended, and the process runs on anyway."""
     lab = interrupted.lab
     (pid,) = lab.agents("alpha", "source")
     lab.kill("alpha", pid)

@@ -1,6 +1,6 @@
-"""The agent's front on the source host: whatever becomes of the engine, the link or the tool, one true report.
+"""The agent's front on the source host: whatever becomes of engine, link or tool, there is one true report.
 
-A program in the engine's place plays the engine; the destination is a real sshd with a script in the agent's place.
+A program in the engine's place plays it; the destination is a real sshd with a script as the agent.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from e2e.private_sshd import DEADLINE, PrivateSshd, private_sshd
+from e2e.private_sshd import DEADLINE, PrivateSshd
 
 from agent import scratch
 from agent import supervisor as module
@@ -32,21 +32,6 @@ from agent.tracee import Tracee
 from agent.visit import Caller, visit
 
 ENGINE = Path(__file__).with_name("stand_in_engine.py")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSshd]:
-    with private_sshd(tmp_path_factory.mktemp("sshd")) as running:
-        yield running
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that could be moved."""
-    process = subprocess.Popen(["sleep", "300"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 class Front:
@@ -82,7 +67,9 @@ class Front:
         return any(isinstance(event, Log) and words in event.message for event in self.events)
 
 
-def request_for(server: PrivateSshd, pid: int, script: str = "cat >/dev/null", operation: str = "move") -> Request:
+def request_for(
+    server: PrivateSshd, pid: int, script: str = "cat >/dev/null", operation: str = "move"
+) -> Request:
     return msgspec.convert(
         {"operation": operation, "pid": pid, "destination": "there", "ssh": server.options(script)},
         Request,
@@ -159,7 +146,9 @@ def test_what_cannot_be_cleaned_up_is_said(server: PrivateSshd, sleeper: subproc
     assert f"migrate-agent cleanup {sleeper.pid}" in front.report.error.message
 
 
-def test_a_check_whose_engine_dies_has_touched_nothing(server: PrivateSshd, sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_check_whose_engine_dies_has_touched_nothing(
+    server: PrivateSshd, sleeper: subprocess.Popen[bytes]
+) -> None:
     front = played(request_for(server, sleeper.pid, operation="check"), "examining,preparing:crash")
     assert front.report.outcome == "refused"
 
@@ -182,7 +171,9 @@ def test_only_the_first_report_counts(server: PrivateSshd, sleeper: subprocess.P
     assert front.said("twice")
 
 
-def test_the_reason_why_the_link_ended_is_in_the_report(server: PrivateSshd, sleeper: subprocess.Popen[bytes]) -> None:
+def test_the_reason_why_the_link_ended_is_in_the_report(
+    server: PrivateSshd, sleeper: subprocess.Popen[bytes]
+) -> None:
     request = request_for(server, sleeper.pid, "echo no space left >&2; exit 3")
     front = played(request, "pre-copy:link")
     assert front.report.outcome == "rolled-back"
@@ -259,7 +250,7 @@ def test_an_engine_that_does_nothing_is_killed(
 def test_after_the_point_of_no_return_giving_up_changes_nothing(
     server: PrivateSshd, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine ends only when its link does, and the link ends when the destination does, by a file of ours."""
+    """The engine ends only when its link does, and the link when the destination does, by a file of ours."""
     monkeypatch.setattr(module, "EOF_GRACE", 0.05)
     monkeypatch.setattr(module, "KILL_GRACE", 0.1)
     go = server.here / "go-on"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from e2e.private_sshd import DEADLINE, PrivateSshd, kill_session, new_key, private_sshd
+from e2e.private_sshd import DEADLINE, PrivateSshd, kill_session, new_key
 
 from agent.api import SshOptions
 from transport import link_errors as errors
@@ -29,12 +29,6 @@ from transport.target import HostTarget, parse_host
 T = TypeVar("T")
 MIB = 1 << 20
 THERE = HostTarget("there")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSshd]:
-    with private_sshd(tmp_path_factory.mktemp("sshd")) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,8 @@ class Beats:
     def start(self, host: str, program: str = "heartbeat") -> Workload:
         name = f"{program}-{len(self._made)}"
         status = self.place.path / f"{name}.status"
-        options = ["--status", status, "--log", self.place.path / f"{name}.log", "--megabytes", "8", "--rate", "2"]
+        files = ("--status", status, "--log", self.place.path / f"{name}.log")
+        options = [*files, "--megabytes", "8", "--rate", "2"]
         pid = self.lab.start(host, BUILD / "heartbeat", *options)
         assert wait_for_status(status)["host"] == host
         self._made.append(Workload(self.lab, host, pid, status=status))
@@ -167,7 +168,10 @@ def test_ctrl_c(three: Hosts, beats: Beats, place: Place) -> None:
     """What is on its way is rolled back, the rest is not started."""
     first, second = beats.start("alpha"), beats.start("beta")
     slow = {"limits": {"bandwidth": "100KiB"}}
-    moves = [move({"pid": first.pid}, "alpha", "beta", name="slow"), move({"pid": second.pid}, "beta", "gamma")]
+    moves = [
+        move({"pid": first.pid}, "alpha", "beta", name="slow"),
+        move({"pid": second.pid}, "beta", "gamma"),
+    ]
     file = write(place, moves, defaults=slow)
     running = three.attend("client", "migrate", "plan", "apply", file, "--json")
     assert running.stderr is not None
@@ -237,7 +241,9 @@ def test_an_agent_of_another_version(three: Hosts, beats: Beats, place: Place) -
     here = beats.start("alpha")
     python = three.run("alpha", "sh", "-c", "command -v python3").strip()
     agent = f"{python} {STAND_IN} another-version"
-    file = write(place, [move({"pid": here.pid}, "alpha", "beta")], defaults={"ssh": {"agent_command": agent}})
+    file = write(
+        place, [move({"pid": here.pid}, "alpha", "beta")], defaults={"ssh": {"agent_command": agent}}
+    )
     code, report, _ = plan(three, "apply", file)
     assert (code, errors(report)) == (REFUSED, ["version"])
     message = report["moves"][0]["report"]["error"]["message"]
@@ -280,7 +286,10 @@ def covered(report: dict[str, Any]) -> dict[int, dict[str, Any]]:
 def test_two_processes_leave_a_host(three: Hosts, beats: Beats, place: Place) -> None:
     first, second = beats.start("alpha"), beats.start("alpha")
     stays = three.start("alpha", "sleep", "300")
-    rules = {"version": 1, "drain": [{"select": {"name": "heartbeat"}, "destinations": [*HOSTS[:1], "nowhere", "beta"]}]}
+    rules = {
+        "version": 1,
+        "drain": [{"select": {"name": "heartbeat"}, "destinations": [*HOSTS[:1], "nowhere", "beta"]}],
+    }
     status, report = curl(three, place, {"plan": rules, "dry_run": True})
     assert (status, report["outcome"]) == (200, "ready")
     beats.untouched(first, second)
@@ -293,7 +302,8 @@ def test_two_processes_leave_a_host(three: Hosts, beats: Beats, place: Place) ->
         assert [tried["destination"] for tried in each["tried"]] == ["nowhere", "beta"]
         assert each["tried"][0]["error"]["kind"] == "host-not-found"
         assert each["report"]["pause_ms"] > 0
-        record = three.run("alpha", "curl", "-sS", "--unix-socket", SOCKET, f"http://agent/v1/migrations/{each['migration']}")
+        url = f"http://agent/v1/migrations/{each['migration']}"
+        record = three.run("alpha", "curl", "-sS", "--unix-socket", SOCKET, url)
         assert json.loads(record)["report"] == each["report"]
         beats.arrived(workload, "beta", new_pid(each))
     (left,) = (each for each in report["processes"] if each["process"]["pid"] == stays)
@@ -311,8 +321,10 @@ def test_what_cannot_leave_stays_and_says_why(three: Hosts, beats: Beats, place:
     status, report = curl(three, place, {"plan": {"version": 1, "drain": rules}})
     assert (status, report["outcome"]) == (200, "refused")
     answer = covered(report)[stuck.pid]
-    assert answer["status"] == "refused" and [tried["destination"] for tried in answer["tried"]] == ["beta", "gamma"]
-    assert {b["kind"] for tried in answer["tried"] for b in tried["check"]["blockers"]} == {"address-not-here"}
+    assert answer["status"] == "refused"
+    assert [tried["destination"] for tried in answer["tried"]] == ["beta", "gamma"]
+    kinds = {b["kind"] for tried in answer["tried"] for b in tried["check"]["blockers"]}
+    assert kinds == {"address-not-here"}
     beats.untouched(stuck)
     beats.arrived(free, "gamma", new_pid(covered(report)[free.pid]))
 
@@ -347,7 +359,8 @@ def test_a_host_emptied_from_elsewhere(three: Hosts, beats: Beats, place: Place)
     again = three.ask("client", "migrate", "hook", "drain", "beta", "--plan", file, timeout=240)
     assert again.returncode == DONE and "are not covered by the plan" in again.stdout
     nowhere = three.ask("client", "migrate", "hook", "drain", "nowhere", "--plan", file, "--json")
-    assert (nowhere.returncode, json.loads(nowhere.stdout)["error"]["kind"]) == (UNREACHABLE, "host-not-found")
+    kind = json.loads(nowhere.stdout)["error"]["kind"]
+    assert (nowhere.returncode, kind) == (UNREACHABLE, "host-not-found")
 
 
 # The examples.
@@ -397,7 +410,11 @@ def cast(three: Hosts, beats: Beats, place: Place) -> Iterator[Cast]:
 
 
 def test_there_is_a_test_for_every_example() -> None:
-    assert {file.name for file in (CONFIGS / "plans").iterdir()} == {"one-service.yaml", "batch.yaml", "node-drain.yaml"}
+    assert {file.name for file in (CONFIGS / "plans").iterdir()} == {
+        "one-service.yaml",
+        "batch.yaml",
+        "node-drain.yaml",
+    }
     assert {file.name for file in (CONFIGS / "hooks").iterdir()} == {"drain-this-host", "slurm-drained"}
 
 
@@ -421,12 +438,16 @@ def test_the_example_of_a_batch(three: Hosts, beats: Beats, cast: Cast) -> None:
 @pytest.mark.usefixtures("service")
 def test_the_example_of_a_drain_and_the_script_for_it(three: Hosts, beats: Beats, cast: Cast) -> None:
     simulation = beats.start("alpha")
-    done = three.ask("alpha", CONFIGS / "hooks" / "drain-this-host", cast.real("node-drain.yaml"), timeout=240)
+    done = three.ask(
+        "alpha", CONFIGS / "hooks" / "drain-this-host", cast.real("node-drain.yaml"), timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     beats.arrived(simulation, "gamma", new_pid(covered(report)[simulation.pid]))
     cast.redis_at("beta", new_pid(covered(report)[cast.redis.pid]))
-    empty = three.ask("alpha", CONFIGS / "hooks" / "drain-this-host", cast.real("node-drain.yaml"), timeout=240)
+    empty = three.ask(
+        "alpha", CONFIGS / "hooks" / "drain-this-host", cast.real("node-drain.yaml"), timeout=240
+    )
     assert empty.returncode == 0 and json.loads(empty.stdout)["outcome"] == "migrated"
 
 
@@ -442,8 +463,11 @@ def test_the_script_says_that_something_stays(three: Hosts, beats: Beats, place:
 def test_the_script_for_slurm(three: Hosts, beats: Beats, cast: Cast, place: Place) -> None:
     """With stand-ins for Slurm's commands, of which the script needs two."""
     here = beats.start("alpha")
-    for name, text in {"scontrol": 'case $1 in show) echo alpha; echo client;; *) echo "$*" >>"$0.log";; esac',
-                       "logger": 'echo "$*" >>"$0.log"'}.items():  # fmt: skip
+    commands = {
+        "scontrol": 'case $1 in show) echo alpha; echo client;; *) echo "$*" >>"$0.log";; esac',
+        "logger": 'echo "$*" >>"$0.log"',
+    }
+    for name, text in commands.items():
         program = place.path / name
         program.write_text(f"#!/bin/sh\n{text}\n")
         program.chmod(0o755)

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 import pytest
-from e2e.private_sshd import DEADLINE, PrivateSshd, private_sshd, session_of
+from e2e.private_sshd import DEADLINE, PrivateSshd, session_of
 from lab.fixture import until
 
 from agent.api import Event, Finished, Log, Outcome, Report, Request, SshOptions, StateChanged
@@ -28,20 +28,6 @@ FRONT = Path(__file__).with_name("stand_in_front.py")
 ROOT = Path(__file__).parents[2]
 THERE = HostTarget("there")
 T = TypeVar("T")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateSshd]:
-    with private_sshd(tmp_path_factory.mktemp("sshd")) as running:
-        yield running
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(["sleep", "300"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 class Host:
@@ -65,12 +51,19 @@ class Host:
 
     @asynccontextmanager
     async def connected(self, scenario: str) -> AsyncIterator[Agent]:
-        async with Agent(THERE, self.agent(scenario), lambda level, message: self.said.append(message)) as agent:
+        async with Agent(
+            THERE, self.agent(scenario), lambda level, message: self.said.append(message)
+        ) as agent:
             yield agent
 
     def request(self, pid: int, **more: object) -> Request:
         """A move to another sshd's agent, which swallows what it gets."""
-        fields = {"operation": "move", "pid": pid, "destination": "there", "ssh": self.server.options("cat >/dev/null")}
+        fields = {
+            "operation": "move",
+            "pid": pid,
+            "destination": "there",
+            "ssh": self.server.options("cat >/dev/null"),
+        }
         return msgspec.convert({**fields, **more}, Request, from_attributes=True)
 
 
@@ -132,7 +125,8 @@ def test_an_engine_that_dies_leaves_a_true_record(
         async with host.connected(scenario) as agent:
             id = (await agent.create(host.request(sleeper.pid))).id
             report = await report_of(agent, id)
-            assert report.outcome == outcome and report.error is not None and "signal 9" in report.error.message
+            assert report.outcome == outcome
+            assert report.error is not None and "signal 9" in report.error.message
             assert (await agent.migration(id)).report == report
 
     run(work())
@@ -153,7 +147,9 @@ def test_an_abort_gets_through_to_the_engine_and_its_reason_back(
     run(work())
 
 
-def test_past_the_point_of_no_return_an_abort_is_refused(host: Host, sleeper: subprocess.Popen[bytes]) -> None:
+def test_past_the_point_of_no_return_an_abort_is_refused(
+    host: Host, sleeper: subprocess.Popen[bytes]
+) -> None:
     async def work() -> None:
         go = host.here / "go-on"
         script = host.server.options(f"while ! test -e {go}; do sleep 0.05; done")
@@ -183,7 +179,9 @@ def test_a_connection_that_is_cut_is_made_anew(host: Host, sleeper: subprocess.P
 
         async def connect() -> Agent:
             agent = await Agent(THERE, options, lambda *_: None).__aenter__()
-            asyncio.get_running_loop().call_later(0.3, lambda: aborts.append(asyncio.ensure_future(agent.abort(id))))
+            asyncio.get_running_loop().call_later(
+                0.3, lambda: aborts.append(asyncio.ensure_future(agent.abort(id)))
+            )
             return agent
 
         aborts: list[asyncio.Future[object]] = []

@@ -2,8 +2,9 @@
 
     tests/kernel/run COMMAND...
 
-The root directory is the host's by 9p, read-only; /tmp, /run, /var/tmp and /dev/shm are the guest's own memory. There
-is no network but loopback. Software emulation (TCG) needs no right of any kind, and is some ten times slower.
+The root directory is the host's by 9p, read-only; /tmp, /run, /var/tmp and /dev/shm are the guest's
+own memory. There is no network but loopback. Software emulation (TCG) needs no right of any kind, and
+is some ten times slower.
 """
 
 from __future__ import annotations
@@ -46,21 +47,24 @@ class Result:
 
 
 def run(command: Sequence[str], directory: str = "/", seconds: float = 600, megabytes: int = 1536) -> Result:
-    """Run a command as root in a guest of its own. GuestFailed if it does not end in time or the guest does not."""
+    """Run a command as root in a guest of its own. GuestFailed if it or the guest does not end in time."""
     script = f"cd {join([directory])} && {join(command)}\n"
     with tempfile.TemporaryDirectory(prefix="migrate-guest-") as place:
         output, console = Path(place) / "output", Path(place) / "console"
         kernel = fetch()
         (Path(place) / "initramfs").write_bytes(initramfs(kernel.modules, kernel.busybox, script))
         arguments = [
-            *(*_EMULATOR, "-m", str(megabytes), "-kernel", str(kernel.image), "-initrd", f"{place}/initramfs"),
+            *(*_EMULATOR, "-m", str(megabytes)),
+            *("-kernel", str(kernel.image), "-initrd", f"{place}/initramfs"),
             *("-append", _COMMAND_LINE, "-serial", f"file:{console}", "-serial", f"file:{output}"),
         ]
         ended = _emulate(arguments, seconds)
         text = _text(output)
         found = _STATUS.search(text)
         if found is None:
-            why = f"ended without a word ({ended})" if ended is not None else f"did not end in {seconds:.0f} s"
+            why = (
+                f"ended without a word ({ended})" if ended is not None else f"did not end in {seconds:.0f} s"
+            )
             raise GuestFailed(f"the guest {why}\n--- console\n{_text(console)}\n--- output\n{text}")
         return Result(int(found[1]), text[: found.start()])
 
@@ -73,7 +77,9 @@ def _text(path: Path) -> str:
 
 def _emulate(arguments: list[str], seconds: float) -> str | None:
     """How the emulator ended; None if it had to be killed."""
-    emulator = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    emulator = subprocess.Popen(
+        arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         said, _ = emulator.communicate(timeout=seconds)
         return f"status {emulator.returncode} {said.decode('utf-8', 'replace')}".strip()

@@ -1,4 +1,7 @@
-"""The file system that a guest starts from: a newc archive (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+"""The file system that a guest starts from: a newc archive.
+
+Its format is described in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def archive(files: Mapping[str, bytes], directories: tuple[str, ...] = ()) -> by
 
 
 def modules(directory: Path) -> list[Path]:
-    """The kernel modules that a guest needs, each after those that it depends on (as its own .modinfo says)."""
+    """The kernel modules that a guest needs, each after those it depends on (as its own .modinfo says)."""
     found = {path.stem.replace("-", "_"): path for path in directory.rglob("*.ko")}
 
     def in_order(name: str) -> Iterator[Path]:

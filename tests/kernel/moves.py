@@ -53,7 +53,7 @@ class Program:
         return status
 
     def complaints(self) -> list[str]:
-        """Coarse clocks only go on with the timer interrupt, which an emulator on a busy host delivers late."""
+        """Coarse clocks only go on with the timer interrupt, which an emulator on a busy host delays."""
         text = self.log.read_text() if self.log.exists() else ""
         return [line for line in text.splitlines() if "COMPLAINT" in line and "_COARSE stepped" not in line]
 
@@ -111,7 +111,7 @@ def test_churn(tmp_path: Path, seed: int) -> None:
 
 
 def test_selfcheck(tmp_path: Path) -> None:
-    """Every kind of thing that a process has. The destination has a FIFO of its own by the name of the original's."""
+    """Every kind of thing that a process has. The destination has its own FIFO by the original's name."""
     place = tmp_path / "place"
     place.mkdir()
     os.mkfifo(place / "fifo")

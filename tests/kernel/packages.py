@@ -1,4 +1,4 @@
-"""What a guest is made of: Debian's kernel and busybox, unpacked below the build directory, installed nowhere."""
+"""What a guest is made of: Debian's kernel and busybox, unpacked below the build directory, not installed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _unpack(package: Path, into: Path, parts: tuple[str, ...]) -> None:
 
 
 def _kernel_package() -> str:
-    """What linux-image-amd64 stands for in Debian 12; a host that never asked for the lists of packages does it now."""
+    """What linux-image-amd64 stands for in Debian 12; a host that never fetched package lists does it now."""
     for refresh in (False, True):
         if refresh:
             _run("apt-get", "update", "-q", cwd="/")

@@ -18,7 +18,10 @@ from kernel.guest import GuestFailed
 ROOT = Path(__file__).resolve().parents[2]
 FULL = os.environ.get("MIGRATE_TEST_FULL") == "1"
 SHORT = ("tests/unit/test_tracker.py", "tests/unit/test_halt.py", "tests/kernel/moves.py::test_churn[1]")
-UNIT = ("tracker", "halt", "soft_dirty", "engine", "timer_numbers", "eventfd", "waits", "between", "letting_go")
+UNIT = (
+    *("tracker", "halt", "soft_dirty", "engine", "timer_numbers"),
+    *("eventfd", "waits", "between", "letting_go"),
+)
 LONG = (
     *(f"tests/unit/test_{name}.py" for name in UNIT),
     "tests/kernel/moves.py",
@@ -36,7 +39,10 @@ SETTINGS = (
 def test_with_soft_dirty() -> None:
     """The tests of dirty tracking, and moves; the first line says that it is what we think it is."""
     build()
-    what = "from agent.dirty_tracking import mechanism; import os; print(os.uname().release, mechanism(), flush=True)"
+    what = (
+        "from agent.dirty_tracking import mechanism; import os; "
+        "print(os.uname().release, mechanism(), flush=True)"
+    )
     tests = " ".join(f'"{name}"' for name in (LONG if FULL else SHORT))
     script = f"{sys.executable} -c '{what}' && {sys.executable} -m pytest -p no:cacheprovider -q {tests}"
     result = guest.run(["env", *SETTINGS, "sh", "-c", script], str(ROOT), 5400 if FULL else 800)

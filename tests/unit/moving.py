@@ -1,6 +1,6 @@
-"""Whole programs moved between two engines of one host: no ssh, no network. The copy lives in its own pid namespace.
+"""Whole programs moved between two engines of one host: no ssh, no network.
 
-The program's output goes to a file, which both copies have.
+The copy lives in its own pid namespace. The program's output goes to a file, which both copies have.
 """
 
 from __future__ import annotations
@@ -17,13 +17,23 @@ from pathlib import Path
 from unit.children import compiled, ended, gone, wait_for
 
 from agent import destination, source
-from agent.api import Finished, MoveOptions, Outcome, Report, Request
+from agent.api import (
+    Checked,
+    CheckResult,
+    Event,
+    Finished,
+    MoveOptions,
+    Outcome,
+    Report,
+    Request,
+    StateChanged,
+)
 
 
-class Program:
-    """A compiled program and where it is now."""
+class Moving:
+    """A compiled program and where it is now, by what it writes."""
 
-    def __init__(self, directory: Path, text: str, *arguments: str) -> None:
+    def __init__(self, directory: Path, text: str, *arguments: str | Path) -> None:
         self.output = directory / "output"
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
@@ -36,11 +46,31 @@ class Program:
             )
         self.pid = self.process.pid
         self.copies: list[int] = []
-        self.reports: list[Report] = []
 
     def lines(self) -> list[str]:
         """What it has said so far, whole lines."""
         return self.output.read_text(errors="surrogateescape").split("\n")[:-1]
+
+    def progress(self) -> None:
+        """It goes on."""
+        start = len(self.lines())
+        wait_for(lambda: len(self.lines()) > start + 3, "the program to go on")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pid in self.copies:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_for(lambda pid=pid: gone(pid), "the copy to end")  # type: ignore[misc]
+
+
+class Program(Moving):
+    """One that goes wherever it is moved."""
+
+    def __init__(self, directory: Path, text: str, *arguments: str) -> None:
+        super().__init__(directory, text, *arguments)
+        self.reports: list[Report] = []
 
     def wait_for(self, line: str) -> None:
         """Until it says so; what it says instead of that, and ends with, is shown."""
@@ -59,63 +89,107 @@ class Program:
         assert report.outcome is Outcome.MIGRATED, (report.error, report.blockers)
         assert report.destination.pid is not None
         self.pid = report.destination.pid
-        self.copies.append(self.pid)
         return report
 
     def try_to_move(self, prepare: Callable[[], None] = lambda: None, **options: object) -> Report:
         """How it went, which may be badly."""
-        report = try_to_move(self.pid, prepare, **options)
+        report = Move(self, MoveOptions(**options), prepare=prepare).report  # type: ignore[arg-type]
+        assert report is not None
         self.reports.append(report)
         return report
 
     def kill(self, number: int) -> None:
         os.kill(self.pid, number)
 
+
+class Destination:
+    """The other end, in a process of its own."""
+
+    def __init__(self, prepare: Callable[[], None] = lambda: None) -> None:
+        self.link, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self.link.close()
+                prepare()
+                destination.serve(theirs.fileno(), os.dup(theirs.fileno()))
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        wait_for(lambda: ended(self.pid), "the destination to end")
+
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pid in self.copies:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            wait_for(lambda pid=pid: gone(pid), "the copy to end")  # type: ignore[misc]
+        """It ends by itself when the link is closed."""
+        wait_for(lambda: ended(self.pid), "the destination to end")
+        os.waitpid(self.pid, 0)
 
 
-def try_to_move(pid: int, prepare: Callable[[], None] = lambda: None, **options: object) -> Report:
-    """Any process; `prepare` is done in the destination's before it serves."""
-    found: list[Report] = []
+class Move:
+    """One migration: what was emitted, and what came of it. `on_state` is called in each state it enters."""
 
-    def emit(event: object) -> None:
-        if isinstance(event, Finished):
-            found.append(event.report)
-
-    request = Request(operation="move", pid=pid, destination="here", options=MoveOptions(**options))  # type: ignore[arg-type]
-    with destination_process(prepare) as link:
+    def __init__(
+        self,
+        program: Moving | int,
+        options: MoveOptions,
+        on_state: Callable[[Move, str], None] = lambda *_: None,
+        aborted: Callable[[Move], bool] = lambda _: False,
+        prepare: Callable[[], None] = lambda: None,
+        operation: str = "move",
+    ) -> None:
+        self.events: list[Event] = []
+        self.states: list[str] = []
+        self._on_state = on_state
+        self.destination = Destination(prepare)
+        pid = program if isinstance(program, int) else program.pid
+        request = Request(operation=operation, pid=pid, destination="here", options=options)  # type: ignore[arg-type]
         try:
-            source.run(request, link, emit, lambda: False)
+            source.run(request, self.destination.link, self._emit, lambda: aborted(self))
         finally:
             gc.enable()
             gc.unfreeze()
-    return found[0]
+            self.destination.close()
+        if isinstance(program, Moving) and self.report is not None and self.report.destination.pid:
+            program.copies.append(self.report.destination.pid)
+
+    def _emit(self, event: Event) -> None:
+        self.events.append(event)
+        if isinstance(event, StateChanged):
+            self.states.append(event.state)
+            self._on_state(self, event.state)
+
+    @property
+    def report(self) -> Report | None:
+        return next((e.report for e in self.events if isinstance(e, Finished)), None)
+
+    @property
+    def checked(self) -> CheckResult | None:
+        return next((e.result for e in self.events if isinstance(e, Checked)), None)
+
+    @property
+    def migrated(self) -> Report:
+        assert self.report is not None and self.report.outcome is Outcome.MIGRATED, self.report
+        return self.report
+
+    def rolled_back(self, kind: str, where: str) -> str:
+        """It was rolled back for this reason; the message."""
+        assert self.report is not None and self.report.error is not None
+        assert (self.report.outcome, self.report.error.kind) == (Outcome.ROLLED_BACK, kind), self.report.error
+        assert self.report.error.where == where
+        assert [type(e) for e in self.events].count(Finished) == 1
+        if self.report.destination.pid:
+            wait_for(lambda: gone(self.report.destination.pid or 0), "the shadow to end")  # type: ignore[union-attr]
+        return self.report.error.message
 
 
-@contextlib.contextmanager
-def destination_process(prepare: Callable[[], None] = lambda: None) -> Iterator[socket.socket]:
-    """A destination agent as a child; our end of the link to it."""
-    ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            prepare()
-            destination.serve(theirs.fileno(), os.dup(theirs.fileno()))
-        finally:
-            os._exit(0)
-    theirs.close()
-    try:
-        yield ours
-    finally:
-        wait_for(lambda: ended(pid), "the destination to end")
-        os.waitpid(pid, 0)
+def try_to_move(pid: int, prepare: Callable[[], None] = lambda: None, **options: object) -> Report:
+    """Any process; how it went."""
+    report = Move(pid, MoveOptions(**options), prepare=prepare).report  # type: ignore[arg-type]
+    assert report is not None
+    return report
+
 
 
 @contextlib.contextmanager

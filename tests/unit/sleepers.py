@@ -23,7 +23,7 @@ class Sleepers:
             shutil.copy("/bin/sleep", program)
         self._running.append(subprocess.Popen([str(program), "300"]))
         pid = self._running[-1].pid
-        # Popen is back as soon as the kernel has closed its pipe, which is before the new arguments are in place
+        # Popen is back once the kernel has closed its pipe, which is before the new arguments are in place
         until(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(str(program).encode()))
         return pid
 

@@ -60,7 +60,9 @@ class Service:
         self.process = self.start()
 
     @classmethod
-    def playing(cls, scenario: str, here: Path, idle_exit: float = 300.0, deserted_after: float = 300.0) -> Self:
+    def playing(
+        cls, scenario: str, here: Path, idle_exit: float = 300.0, deserted_after: float = 300.0
+    ) -> Self:
         return cls(
             here,
             [sys.executable, str(STAND_IN), scenario, "serve"],
@@ -71,7 +73,9 @@ class Service:
 
     def start(self) -> subprocess.Popen[str]:
         """Start it (again), and wait until it answers."""
-        self.process = subprocess.Popen(self._command, env=self.environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            self._command, env=self.environment, stderr=subprocess.PIPE, text=True
+        )
         until(self.answers, "the service answers")
         return self.process
 

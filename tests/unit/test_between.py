@@ -1,19 +1,17 @@
-"""What a process does between the check and the end of its freeze: seen, carried along, or a clean roll back."""
+"""What a process does between check and the end of its freeze: seen, carried along, or a clean roll back."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from unit.children import compiled, ended, gone, wait_for
-from unit.test_engine import Move
+from unit.children import ended, wait_for
+from unit.moving import Move, Moving
 
 from agent.api import MoveOptions
 from agent.freeze import FrozenProcess
@@ -107,32 +105,14 @@ int main(int count, char **arguments)
 """
 
 
-class Obeyer:
+class Obeyer(Moving):
     """The program, with a directory of its own."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._output = directory / "output"
         (directory / "file").write_text("first")
-        with self._output.open("ab") as output:
-            self.process = subprocess.Popen(
-                [compiled(OBEYER), directory],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                start_new_session=True,
-            )
-        self.pid = self.process.pid
-        self.copies: list[int] = []
+        super().__init__(directory, OBEYER, directory)
         self.progress()
-
-    def lines(self) -> list[str]:
-        return self._output.read_text().split("\n")[:-1]
-
-    def progress(self) -> None:
-        start = len(self.lines())
-        wait_for(lambda: len(self.lines()) > start + 3, "the program to go on")
 
     def obey(self, word: str) -> None:
         self.tell(word)
@@ -154,14 +134,6 @@ class Obeyer:
         assert procfs.status(self.pid)["SigBlk"] == "0" * 16
         assert not [m for m in procfs.maps(self.pid) if m.protection == 5 and not m.name]
 
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pid in self.copies:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            wait_for(lambda pid=pid: gone(pid), "the copy to end")  # type: ignore[misc]
-
 
 @pytest.fixture
 def obeyer(tmp_path: Path) -> Iterator[Obeyer]:
@@ -178,7 +150,9 @@ def in_state(wanted: str, action: Callable[[], object]) -> Callable[[Move, str],
     return on_state
 
 
-@pytest.mark.parametrize(("word", "kind"), [("seccomp", "seccomp"), ("chroot", "chroot"), ("lock", "file-lock")])
+@pytest.mark.parametrize(
+    ("word", "kind"), [("seccomp", "seccomp"), ("chroot", "chroot"), ("lock", "file-lock")]
+)
 def test_what_the_check_would_refuse(obeyer: Obeyer, word: str, kind: str) -> None:
     move = Move(obeyer, MoveOptions(), in_state("pre-copy", lambda: obeyer.obey(word)))
     move.rolled_back(kind, "source")
@@ -212,7 +186,9 @@ def test_another_program(obeyer: Obeyer) -> None:
 
 def exec_again(obeyer: Obeyer) -> None:
     obeyer.tell("exec")
-    wait_for(lambda: sum(line.startswith("area") for line in obeyer.lines()) == 2, "the program to start again")
+    wait_for(
+        lambda: sum(line.startswith("area") for line in obeyer.lines()) == 2, "the program to start again"
+    )
 
 
 def test_stopped_by_a_signal(obeyer: Obeyer) -> None:

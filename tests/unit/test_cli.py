@@ -307,10 +307,12 @@ def test_a_detached_move_has_a_name_by_which_it_is_found() -> None:
     assert record["request"]["on_disconnect"] == "continue" and record["status"] == "running"
     assert "it goes on" in run("status", id, scenario="waits").stdout
     unfinished = run("report", id, "--json", scenario="waits")
-    assert unfinished.returncode == ExitCode.REFUSED and only_json(unfinished)["error"]["kind"] == "not-finished"
+    assert unfinished.returncode == ExitCode.REFUSED
+    assert only_json(unfinished)["error"]["kind"] == "not-finished"
     assert only_json(run("abort", id, "--json", scenario="waits"))["id"] == id
     attached = run("attach", id.lower(), "--json", scenario="waits")
-    assert attached.returncode == ExitCode.ROLLED_BACK and only_json(attached)["error"]["message"] == "aborted by request"
+    assert attached.returncode == ExitCode.ROLLED_BACK
+    assert only_json(attached)["error"]["message"] == "aborted by request"
     again = run("abort", id, "--json", scenario="waits")
     assert again.returncode == ExitCode.REFUSED and only_json(again)["error"]["kind"] == "conflict"
 
@@ -351,7 +353,9 @@ def test_a_migration_is_named(words: tuple[str, ...]) -> None:
     assert run(*words).returncode == ExitCode.USAGE
 
 
-@pytest.mark.parametrize(("scenario", "words"), [("another-version", "protocol 99"), ("older", "an older version")])
+@pytest.mark.parametrize(
+    ("scenario", "words"), [("another-version", "protocol 99"), ("older", "an older version")]
+)
 def test_an_agent_of_another_version_is_refused(scenario: str, words: str) -> None:
     for arguments in (("move", "1", "beta"), ("check", "1", "beta"), ("ps",), ("status",)):
         done = run(*arguments, "--json", scenario=scenario)

@@ -1,4 +1,4 @@
-"""The client's view of an agent on this host, and what it makes of one that breaks, or is of another version."""
+"""The client's view of an agent here, and what it makes of one that breaks, or is of another version."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ said: list[tuple[str, str]] = []
 def agent(scenario: str) -> Agent:
     said.clear()
     command = shlex.join([sys.executable, str(STAND_IN), scenario])
-    return Agent(None, SshOptions(agent_command=command), lambda level, message: said.append((level, message)))
+    return Agent(
+        None, SshOptions(agent_command=command), lambda level, message: said.append((level, message))
+    )
 
 
 def run(work: Awaitable[T]) -> T:
@@ -122,7 +124,8 @@ def test_what_a_login_script_prints_is_shown() -> None:
 
 
 def test_an_agent_of_another_version_is_refused_by_both_names() -> None:
-    with pytest.raises(Failure, match=f"version 9.9 with protocol 99, this is .* with protocol {PROTOCOL_VERSION}") as c:
+    words = f"version 9.9 with protocol 99, this is .* with protocol {PROTOCOL_VERSION}"
+    with pytest.raises(Failure, match=words) as c:
         with_agent("another-version", lambda agent: agent.health())
     assert (c.value.info.kind, c.value.code) == ("version", ExitCode.REFUSED)
 
@@ -178,7 +181,9 @@ def test_a_watch_goes_on_where_a_connection_broke() -> None:
                 for child in children():
                     os.kill(child, 9)
             elif isinstance(event, Log) and "trying again" in event.message:
-                asyncio.get_running_loop().call_later(0.5, lambda: asyncio.ensure_future(again.abort(record.id)))
+                asyncio.get_running_loop().call_later(
+                    0.5, lambda: asyncio.ensure_future(again.abort(record.id))
+                )
 
         watch = Watch(agent, record.id, connect, on_event)
         try:

@@ -1,4 +1,4 @@
-"""A person's defaults: what they say is what commands do, and what is wrong with them is named line by line."""
+"""A person's defaults: what they say is what commands do, and what is wrong is named line by line."""
 
 from __future__ import annotations
 
@@ -174,8 +174,12 @@ def test_commands_and_options_are_completed() -> None:
 def test_hosts_of_ssh_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ssh").mkdir()
-    (tmp_path / ".ssh" / "config").write_text("# Host no\nHost zeta-one *.zeta zeta-*\n  HostName zeta-not-this\n")
-    (tmp_path / ".ssh" / "known_hosts").write_text("zeta-two,192.0.2.1 ssh-ed25519 AAAA\n|1|zeta|= ssh-ed25519 AAAA\n")
+    (tmp_path / ".ssh" / "config").write_text(
+        "# Host no\nHost zeta-one *.zeta zeta-*\n  HostName zeta-not-this\n"
+    )
+    (tmp_path / ".ssh" / "known_hosts").write_text(
+        "zeta-two,192.0.2.1 ssh-ed25519 AAAA\n|1|zeta|= ssh-ed25519 AAAA\n"
+    )
     assert complete("ps", "zeta-") == ["zeta-one", "zeta-two"]
     assert complete("status", "root@zeta-t") == ["root@zeta-two"]
 

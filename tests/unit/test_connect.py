@@ -1,4 +1,4 @@
-"""`migrate-agent connect` and `serve`: one service however many ask for it at once, and nothing left when it ends."""
+"""`migrate-agent connect` and `serve`: one service however many ask at once, nothing left when it ends."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_bytes_pass_both_ways(places: Places) -> None:
         process.stdin.write(ASK)
         process.stdin.flush()
         head = b"".join(iter(process.stdout.readline, b"\r\n"))
-        length = int(next(line.split()[1] for line in head.splitlines() if line.startswith(b"Content-Length")))
+        length = int(
+            next(line.split()[1] for line in head.splitlines() if line.startswith(b"Content-Length"))
+        )
         assert json.loads(process.stdout.read(length)) == said["health"]
     assert close(process) == b""
 
@@ -102,7 +104,7 @@ def test_the_service_knows_nothing_of_the_session_that_started_it(places: Places
 
 
 def test_a_connection_keeps_it_alive_and_the_last_lets_it_go(places: Places) -> None:
-    """The service ends after 0.4 s without use; a second comes back to the same one long after the first began."""
+    """The service ends after 0.4 s unused; a second comes back to the same one long after the first began."""
     first = connect(places)
     pid = pid_of(hello(first))
     second = connect(places)
@@ -163,7 +165,12 @@ def test_a_directory_that_others_may_write_to_is_not_used(tmp_path: Path) -> Non
 def test_a_second_service_leaves_the_first_alone(tmp_path: Path) -> None:
     service = Service.playing("migrated", tmp_path)
     again = subprocess.run(
-        service.process.args, env=service.environment, stderr=subprocess.PIPE, text=True, timeout=DEADLINE, check=False
+        service.process.args,
+        env=service.environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
     )
     assert again.returncode == EXIT_LOCKED and str(service.places.socket) in again.stderr
     assert service.answers()

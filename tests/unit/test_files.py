@@ -107,7 +107,9 @@ def test_build_ids_are_what_pyelftools_says(tmp_path: Path) -> None:
             section = ELFFile(file).get_section_by_name(".note.gnu.build-id")
             return next((str(n["n_desc"]) for n in section.iter_notes()), "") if section else ""
 
-    found = {m.name for m in procfs.maps(os.getpid()) if m.name.startswith("/") and m.protection & procfs.PROT_EXEC}
+    found = {
+        m.name for m in procfs.maps(os.getpid()) if m.name.startswith("/") and m.protection & procfs.PROT_EXEC
+    }
     assert len(found) > 5 and any(files.build_id(path) for path in found)
     for path in found:
         assert files.build_id(path) == by_pyelftools(path), path
@@ -160,7 +162,10 @@ def test_a_file_is_described_in_a_hurry_while_its_process_is_stopped() -> None:
 def test_the_very_same_file_is_not_read_again(file: FileRef, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "digest", lambda _: b"another")
     assert files.compare(file, False) is None
-    for changed in (msgspec.structs.replace(file, stamp=(7, 1, 1)), msgspec.structs.replace(file, identity=(1, 1))):
+    for changed in (
+        msgspec.structs.replace(file, stamp=(7, 1, 1)),
+        msgspec.structs.replace(file, identity=(1, 1)),
+    ):
         assert why(changed) == ("file-differs", "same size, other content")
 
 

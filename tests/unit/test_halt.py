@@ -141,7 +141,10 @@ def test_a_crowd_of_threads(tmp_path: Path) -> None:
 
 def test_a_wait_is_known_however_often_it_was_interrupted() -> None:
     """Which call it is, and since when; the kernel itself only tells of the last interruption."""
-    source = "#include <poll.h>\n#include <sys/prctl.h>\nint main(void) { prctl(PR_SET_PDEATHSIG, 9); poll(0, 0, 600000); }"
+    source = (
+        "#include <poll.h>\n#include <sys/prctl.h>\n"
+        "int main(void) { prctl(PR_SET_PDEATHSIG, 9); poll(0, 0, 600000); }"
+    )
     program = subprocess.Popen([compiled(source)])
 
     def asleep() -> waits.Asleep | None:

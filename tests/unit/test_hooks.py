@@ -50,13 +50,18 @@ def error(answer: tuple[int, Any]) -> tuple[int, str, str]:
 
 
 def test_all_that_a_rule_is_about_is_moved_and_nothing_else(service: Service, sleepers: Sleepers) -> None:
-    first, second, other = sleepers.start("drained-one"), sleepers.start("drained-one"), sleepers.start("stays")
+    first, second, other = (
+        sleepers.start("drained-one"),
+        sleepers.start("drained-one"),
+        sleepers.start("stays"),
+    )
     report = drain(service, plan("checked.migrated"))
     assert (report["outcome"], report["host"], report["error"]) == ("migrated", NODE, None)
     moved = covered(report)
     assert sorted(moved) == sorted([first, second])
     for pid, each in moved.items():
-        assert (each["status"], each["rule"], each["process"]["name"]) == ("migrated", "drained-one", "drained-one")
+        assert each["status"] == "migrated"
+        assert each["rule"] == each["process"]["name"] == "drained-one"
         assert each["report"]["outcome"] == "migrated"
         record = service.good("GET", f"/v1/migrations/{each['migration']}")
         assert record["request"]["pid"] == pid and record["request"]["destination"] == "checked.migrated"
@@ -100,7 +105,12 @@ def test_one_that_cannot_leave_does_not_hold_up_the_others(
 def test_moves_of_a_plan_from_this_host_count_too(service: Service, sleepers: Sleepers) -> None:
     pid, other = sleepers.start("moved-one"), sleepers.start("moved-two")
     moves = [
-        {"select": {"name": "moved-one"}, "source": f"root@{NODE}", "destination": "checked.migrated", "name": "first"},
+        {
+            "select": {"name": "moved-one"},
+            "source": f"root@{NODE}",
+            "destination": "checked.migrated",
+            "name": "first",
+        },
         {"select": {"pid": other}, "source": "elsewhere", "destination": "checked.migrated"},
     ]
     report = drain(service, {"version": 1, "moves": moves})
@@ -151,8 +161,13 @@ def test_a_dry_run_moves_nothing(service: Service, sleepers: Sleepers) -> None:
 
 def test_options_and_ssh_of_the_plan(service: Service, sleepers: Sleepers) -> None:
     sleepers.start("drained-one")
-    defaults = {"limits": {"bandwidth": "100mbit"}, "ssh": {"identity": "/key", "agent_command": "other-agent"}}
-    report = drain(service, plan("checked.migrated", defaults=defaults), auth_socket="/agent", reached_at="10.0.0.1")
+    defaults = {
+        "limits": {"bandwidth": "100mbit"},
+        "ssh": {"identity": "/key", "agent_command": "other-agent"},
+    }
+    report = drain(
+        service, plan("checked.migrated", defaults=defaults), auth_socket="/agent", reached_at="10.0.0.1"
+    )
     (each,) = covered(report).values()
     request = service.good("GET", f"/v1/migrations/{each['migration']}")["request"]
     assert request["options"]["bandwidth"] == 12_500_000 and request["reached_at"] == "10.0.0.1"
@@ -234,7 +249,8 @@ def test_one_drain_at_a_time_and_its_end(service: Service, sleepers: Sleepers) -
 def test_two_at_a_time(service: Service, sleepers: Sleepers) -> None:
     for _ in range(3):
         sleepers.start("drained-one")
-    with service.stream("POST", "/v1/hooks/drain", {"plan": plan("checked.waits", defaults={"parallel": 2})}) as lines:
+    two_at_once = plan("checked.waits", defaults={"parallel": 2})
+    with service.stream("POST", "/v1/hooks/drain", {"plan": two_at_once}) as lines:
         until(lambda: len(running(service)) == 2, "two moves are under way")
         service.good("POST", "/v1/hooks/drain/abort")
         *_, drained = lines
@@ -243,7 +259,9 @@ def test_two_at_a_time(service: Service, sleepers: Sleepers) -> None:
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
-def test_whoever_hangs_up_ends_it_unless_it_was_to_go_on(service: Service, sleepers: Sleepers, goes_on: bool) -> None:
+def test_whoever_hangs_up_ends_it_unless_it_was_to_go_on(
+    service: Service, sleepers: Sleepers, goes_on: bool
+) -> None:
     pid = sleepers.start("drained-one")
     policy = "continue" if goes_on else "abort"
     with service.stream("POST", "/v1/hooks/drain", {"plan": plan("checked.waits"), "on_disconnect": policy}):
@@ -251,9 +269,8 @@ def test_whoever_hangs_up_ends_it_unless_it_was_to_go_on(service: Service, sleep
     if goes_on:
         assert running(service)
         assert list(covered(service.good("POST", "/v1/hooks/drain/abort"))) == [pid]
-    record = until(
-        lambda: (found := service.good("GET", f"/v1/migrations/{one['id']}"))["status"] == "finished" and found
-    )
+    path = f"/v1/migrations/{one['id']}"
+    record = until(lambda: (found := service.good("GET", path))["status"] == "finished" and found)
     reason = record["report"]["error"]["message"]
     assert reason == ("aborted by request" if goes_on else "nobody waits for its answer any more")
 

@@ -15,7 +15,7 @@ from agent.protocol import Link
 
 CLONE_NEWNET = 0x40000000
 
-# A thread waits for the end of a pipe, which the program closes when it finds itself moved (in another pid namespace).
+# A thread waits for the end of a pipe, which the program closes once it is moved (in another pid namespace).
 CLOSES = r"""
 #include <arpa/inet.h>
 #include <pthread.h>
@@ -59,7 +59,11 @@ int main(void)
 def links(pid: int | str) -> set[str]:
     """What its descriptors are, where that can be told from all others of the host."""
     directory = f"/proc/{pid}/fd"
-    found = {os.readlink(f"{directory}/{fd}") for fd in os.listdir(directory) if os.path.lexists(f"{directory}/{fd}")}
+    found = {
+        os.readlink(f"{directory}/{fd}")
+        for fd in os.listdir(directory)
+        if os.path.lexists(f"{directory}/{fd}")
+    }
     return {link for link in found if link.startswith(("pipe:", "socket:"))}
 
 

@@ -31,8 +31,10 @@ def flags_of(pid: int, address: int) -> frozenset[str]:
 
 @pytest.mark.parametrize("flags", [LOCKED, ON_FAULT])
 def test_guards_between_locked_memory(flags: Flag) -> None:
-    """As after mlockall(MCL_CURRENT): mlock2(2) answers ENOMEM for what cannot be touched, and locks it all the same."""
-    layout = [Mapping(BASE + n * PAGE, BASE + (n + 1) * PAGE, p, int(flags)) for n, p in enumerate((0, 3, 0, 1, 0))]
+    """As after mlockall(MCL_CURRENT): mlock2(2) answers ENOMEM for what cannot be touched, yet locks it."""
+    layout = [
+        Mapping(BASE + n * PAGE, BASE + (n + 1) * PAGE, p, int(flags)) for n, p in enumerate((0, 3, 0, 1, 0))
+    ]
     with shadow(planned=layout) as target:
         target.follow(layout, no_files)
         for mapping in layout:
@@ -68,7 +70,9 @@ def test_the_shadow_may_lock_as_much_as_its_hard_limit() -> None:
         assert soft == hard
 
 
-@pytest.mark.parametrize(("first", "second"), [*itertools.permutations((Flag.RANDOM, Flag.SEQUENTIAL, Flag(0)), 2)])
+@pytest.mark.parametrize(
+    ("first", "second"), [*itertools.permutations((Flag.RANDOM, Flag.SEQUENTIAL, Flag(0)), 2)]
+)
 def test_advice_that_excludes_other_advice(first: Flag, second: Flag) -> None:
     with shadow() as target:
         target.follow([Mapping(BASE, BASE + PAGE, 3, int(first))], no_files)

@@ -129,7 +129,7 @@ def test_netlink_attributes() -> None:
 
 @pytest.mark.parametrize("program", [b"", sock_filter._ACCEPT_ALL * 3])
 def test_filters_of_ours_are_recognised_and_others_are_not(program: bytes) -> None:
-    for kind in (sock_filter.Kind.LOCK, sock_filter.Kind.QUIESCE):
+    for kind in (sock_filter.Kind.LOCK, sock_filter.Kind.OPEN):
         for note in (0, 1, 255):
             whole = sock_filter._prefix(kind, note) + (program or sock_filter._ACCEPT_ALL)
             assert sock_filter.understand(whole) == sock_filter.Filter(kind, program, note)

@@ -1,4 +1,4 @@
-"""Paths that are not UTF-8: they are any bytes to the kernel, and refused by name, in words that can be said."""
+"""Paths that are not UTF-8: any bytes to the kernel, and refused by name, in words that can be said."""
 
 from __future__ import annotations
 

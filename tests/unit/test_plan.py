@@ -1,4 +1,4 @@
-"""Plans: whatever is in a file, it is a plan, or what is wrong with it is said with the place where it is written."""
+"""Plans: whatever is in a file, it is a plan, or what is wrong is said with the place where it is written."""
 
 from __future__ import annotations
 
@@ -91,7 +91,11 @@ def test_every_key_has_its_meaning() -> None:
                 source="root@alpha",
                 destination="beta:2222",
                 options=MoveOptions(
-                    **common, addresses=("192.0.2.10",), max_rounds=9, freeze_timeout_ms=1500.0, copy_files=True
+                    **common,
+                    addresses=("192.0.2.10",),
+                    max_rounds=9,
+                    freeze_timeout_ms=1500.0,
+                    copy_files=True,
                 ),
             ),
             Move(
@@ -99,7 +103,11 @@ def test_every_key_has_its_meaning() -> None:
                 source="local",
                 destination="[fd00::2]",
                 options=MoveOptions(
-                    **common, max_rounds=7, verify=True, addresses=("192.0.2.11", "fd00::9"), compression="none"
+                    **common,
+                    max_rounds=7,
+                    verify=True,
+                    addresses=("192.0.2.11", "fd00::9"),
+                    compression="none",
                 ),
             ),
         ),
@@ -178,16 +186,19 @@ def test_a_byte_order_mark_is_no_part_of_it() -> None:
         ("version: 1\nmoves: []\ndrian: []", "3:1: there is no key 'drian' here; is 'drain' meant?"),
         ("version: 1\nmoves: []\nmoves: []", "3:1: the key 'moves' is there twice"),
         ("version: 1\nmoves: []\n<<: {}", "3:1: there is no key '<<' here; write what moves have in common"),
-        ("version: 1\nmoves: []\nparallel: 2", "3:1: there is no key 'parallel' here; it belongs under 'defaults'"),
+        ("version: 1\nmoves: []\nparallel: 2",
+         "3:1: there is no key 'parallel' here; it belongs under 'defaults'"),
         ("version: 1\nmoves: []\nxyzzy: 2", "3:1: there is no key 'xyzzy' here; known are version, defaults"),
         (move(destination=None), "4:5: the key 'destination' is missing"),
         (move(downtime_limit="5ms"), "7:5: there is no key 'downtime_limit' here; it belongs under 'limits'"),
-        (move(limits="{downtime-limit: 5ms}"), "7:14: there is no key 'downtime-limit' here; is 'downtime_limit'"),
+        (move(limits="{downtime-limit: 5ms}"),
+         "7:14: there is no key 'downtime-limit' here; is 'downtime_limit'"),
         # values
         (move(select="redis"), "4:13: here must be keys (pid, pidfile, name) and their values, not 'redis'"),
         (move(select="{}"), "4:13: one of pid, pidfile and name is missing"),
         (move(select=""), "4:12: here must be keys (pid, pidfile, name) and their values, not nothing"),
-        (move(select="{pid: 1, name: a}"), "4:13: one of pid, pidfile and name is enough; here are pid and name"),
+        (move(select="{pid: 1, name: a}"),
+         "4:13: one of pid, pidfile and name is enough; here are pid and name"),
         (move(select="{pid: 0}"), f"4:19: here must be a whole number from 1 to {PID_MAX}, not 0"),
         (move(select="{pid: '7'}"), f"4:19: here must be a whole number from 1 to {PID_MAX}, not '7'"),
         (move(select="{pid: 0x10}"), f"4:19: here must be a whole number from 1 to {PID_MAX}, not '0x10'"),
@@ -195,8 +206,10 @@ def test_a_byte_order_mark_is_no_part_of_it() -> None:
         (move(select="{pidfile: a.pid}"), "4:23: 'a.pid' is not an absolute path"),
         (move(select="{name: /usr/bin/redis}"), "4:20: '/usr/bin/redis' is no name of a process"),
         (move(source="be/ta"), "5:13: 'be/ta': 'be/ta' is not a host name"),
-        (move(destination="-oProxyCommand=id"), "6:18: '-oProxyCommand=id': '-oProxyCommand=id' is not a host name"),
-        (move(destination="[beta]"), "6:18: here must be a host, `[user@]host[:port]`, as in root@beta, not a list"),
+        (move(destination="-oProxyCommand=id"),
+         "6:18: '-oProxyCommand=id': '-oProxyCommand=id' is not a host name"),
+        (move(destination="[beta]"),
+         "6:18: here must be a host, `[user@]host[:port]`, as in root@beta, not a list"),
         (move(destination="alpha"), "6:18: 'alpha' is the source already"),
         (move(verify="maybe"), "7:13: here must be true or false, not 'maybe'"),
         (move(verify='"true"'), "7:13: here must be true or false, not 'true'"),
@@ -204,10 +217,12 @@ def test_a_byte_order_mark_is_no_part_of_it() -> None:
         (move(compression_level="20"), "7:24: here must be a whole number from -50 to 19, not 20"),
         (move(limits="{downtime_limit: 50}"), "7:30: '50' is not a duration"),
         (move(limits="{downtime_limit: 0ms}"), "7:30: '0ms': a duration must be longer than nothing"),
-        (move(limits="{freeze_timeout: 25000min}"), "7:30: '25000min' is too long to be meant: at most a day"),
+        (move(limits="{freeze_timeout: 25000min}"),
+         "7:30: '25000min' is too long to be meant: at most a day"),
         (move(limits="{bandwidth: fast}"), "7:25: 'fast' is not a rate"),
         (move(limits="{bandwidth: 2000000GiB}"), "7:25: '2000000GiB' is too much to be meant"),
-        (move(limits=f"{{bandwidth: {'9' * 400}GB}}"), "7:25: '9999999999999999999999999999999999999999…' is too much"),
+        (move(limits=f"{{bandwidth: {'9' * 400}GB}}"),
+         "7:25: '9999999999999999999999999999999999999999…' is too much"),
         (move(limits="[1]"), "7:13: here must be keys (downtime_limit, max_rounds,"),
         (move(address="alpha"), "7:14: 'alpha' is not an IP address"),
         (move(address="[]"), "7:14: the list is empty"),
@@ -216,8 +231,10 @@ def test_a_byte_order_mark_is_no_part_of_it() -> None:
         (move(name='"a\\nb"'), "7:11: 'a\\nb': write at least one letter, and none that cannot be printed"),
         (move(name='"\\ud800"'), "7:11: '\\ud800' has half a character in it"),
         (move(name="x" * 5000), "7:11: too long: 5,000 characters"),
-        ("version: 1\ndefaults: {on_failure: halt}\nmoves: []", "2:24: here must be stop or continue, not 'halt'"),
-        ("version: 1\ndefaults: {parallel: 99}\nmoves: []", "2:22: here must be a whole number from 1 to 16, not 99"),
+        ("version: 1\ndefaults: {on_failure: halt}\nmoves: []",
+         "2:24: here must be stop or continue, not 'halt'"),
+        ("version: 1\ndefaults: {parallel: 99}\nmoves: []",
+         "2:22: here must be a whole number from 1 to 16, not 99"),
         ("version: 1\ndrain:\n- select: {name: a}\n  destinations: []", "4:17: the list is empty"),
     ],
 )  # fmt: skip
@@ -235,7 +252,10 @@ def test_everything_that_is_wrong_is_said_at_once_and_in_order() -> None:
 def test_the_same_twice() -> None:
     one = "  - {name: a, select: {pid: 1}, source: alpha, destination: beta}\n"
     text = f"version: 1\nmoves:\n{one}{one}{one.replace('alpha', 'gamma').replace('name: a', 'name: b')}"
-    assert problems(text) == ["4:12: this name is taken already: line 3", "4:23: the same is selected already: line 3"]
+    assert problems(text) == [
+        "4:12: this name is taken already: line 3",
+        "4:23: the same is selected already: line 3",
+    ]
     rule = "  - {select: {name: a}, destinations: beta}\n"
     assert problems(f"version: 1\ndrain:\n{rule}{rule}") == ["4:14: the same is selected already: line 3"]
 
@@ -308,10 +328,14 @@ def test_a_plan_with_a_part_cut_out_or_put_in(data: st.DataObject) -> None:
     read((PLAN[:begin] + data.draw(st.text("a1:[]{}*&\n -\"'", max_size=6)) + PLAN[end:]).encode())
 
 
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10), st.just("10ms"))
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=10), st.just("10ms")
+)
 KEYS = st.sampled_from([key.name for section in SECTIONS for key in section.keys] + ["other"])
 TREES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=20
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=20,
 )
 
 
@@ -356,7 +380,12 @@ OPTIONS = st.builds(
     copy_files=st.booleans(),
 )
 MOVES = st.builds(
-    Move, name=st.none() | NAMES, select=SELECTS, source=HOSTS | st.just("local"), destination=HOSTS, options=OPTIONS
+    Move,
+    name=st.none() | NAMES,
+    select=SELECTS,
+    source=HOSTS | st.just("local"),
+    destination=HOSTS,
+    options=OPTIONS,
 )
 RULES = st.builds(
     Rule,
@@ -432,7 +461,9 @@ def test_defaults_are_the_command_lines() -> None:
     said = {key.name: key.default for section in SECTIONS for key in section.keys}
     assert parse(move().encode()).moves[0].options == MoveOptions()
     limits = [said[name] for name in ("downtime_limit", "max_rounds", "freeze_timeout")]
-    options = parse(move(limits="{{downtime_limit: {}, max_rounds: {}, freeze_timeout: {}}}".format(*limits)).encode())
+    options = parse(
+        move(limits="{{downtime_limit: {}, max_rounds: {}, freeze_timeout: {}}}".format(*limits)).encode()
+    )
     assert options.moves[0].options == MoveOptions()
     assert (said["compression"], said["compression_level"]) == ("zstd", str(MoveOptions().compression_level))
 
@@ -447,7 +478,8 @@ def test_the_example_of_defaults_has_every_key() -> None:
         "max_rounds": defaults.max_rounds,
         "freeze_timeout": defaults.freeze_timeout_ms,
     }
-    assert (found["compression"], found["compression_level"]) == (defaults.compression, defaults.compression_level)
+    assert found["compression"] == defaults.compression
+    assert found["compression_level"] == defaults.compression_level
     assert found["ssh"]["agent_command"] == SshOptions().agent_command
     for key in (*CONFIG.keys, *SSH.keys, *LIMITS.keys):
         assert re.search(rf"^ *(# )?{key.name}: ?", text, re.M), key.name

@@ -1,4 +1,4 @@
-"""`migrate plan` and `migrate hook` as scripts and people meet them; a stand-in plays what checks and moves come to."""
+"""`migrate plan` and `migrate hook` as scripts and people meet them; a stand-in plays checks and moves."""
 
 from __future__ import annotations
 
@@ -54,7 +54,12 @@ def command(*arguments: object, scenario: str = "by-destination") -> list[str]:
 
 def run(*arguments: object, scenario: str = "by-destination") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments, scenario=scenario), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE, check=False
+        command(*arguments, scenario=scenario),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
     )
 
 
@@ -65,7 +70,7 @@ def write(here: Path, moves: list[dict[str, Any]], **rest: object) -> Path:
 
 
 def to(sleepers: Sleepers, *destinations: str) -> list[dict[str, Any]]:
-    """A move of a process of its own to each destination: "checked.migrated" is what a check plays, and a move."""
+    """A move of a process of its own to each destination: "checked.migrated" is what check and move play."""
     pids = [sleepers.start("sleeper") for _ in destinations]
     return [
         {"name": f"m{n}", "select": {"pid": pid}, "source": "local", "destination": destination}
@@ -172,7 +177,8 @@ def test_progress_says_which_move_it_is_about(sleepers: Sleepers, tmp_path: Path
     file = write(tmp_path, to(sleepers, "checked.noise", "checked.noise"))
     done = run("plan", "apply", file, "--log-file", log)
     assert done.returncode == 0 and "all moved" in done.stdout
-    assert [line for line in done.stderr.splitlines() if "pre-copy" in line] == ["m0: pre-copy", "m1: pre-copy"]
+    begun = [line for line in done.stderr.splitlines() if "pre-copy" in line]
+    assert begun == ["m0: pre-copy", "m1: pre-copy"]
     events = [json.loads(line.partition(" ")[2]) for line in log.read_text().splitlines()]
     assert [each["about"] for each in events if each["event"] == "finished"] == ["m0", "m1"]
     assert {each["about"] for each in events if each["event"] == "checked"} == {"check of m0", "check of m1"}
@@ -181,7 +187,11 @@ def test_progress_says_which_move_it_is_about(sleepers: Sleepers, tmp_path: Path
 def interrupted(file: Path, when: str, *arguments: object) -> tuple[int, dict[str, Any], str]:
     """A command that gets Ctrl-C once it has said `when`."""
     with subprocess.Popen(
-        command(*arguments, file, "--json"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*arguments, file, "--json"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stderr is not None
         said = ""
@@ -205,7 +215,9 @@ def test_ctrl_c_rolls_back_what_runs_and_starts_nothing_more(sleepers: Sleepers,
 
 
 def test_ctrl_c_while_checking_touches_nothing(sleepers: Sleepers, tmp_path: Path) -> None:
-    code, report, _ = interrupted(write(tmp_path, to(sleepers, "waits.migrated")), "check of m0: ", "plan", "apply")
+    code, report, _ = interrupted(
+        write(tmp_path, to(sleepers, "waits.migrated")), "check of m0: ", "plan", "apply"
+    )
     assert (code, statuses(report)) == (ExitCode.REFUSED, ["not-started"])
 
 
@@ -229,7 +241,8 @@ def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     done = run("plan", "check", tmp_path / "none.yaml", "--json")
-    assert done.returncode == ExitCode.USAGE and "none.yaml: No such file" in only_json(done)["error"]["message"]
+    assert done.returncode == ExitCode.USAGE
+    assert "none.yaml: No such file" in only_json(done)["error"]["message"]
     assert run("plan", "check", tmp_path, "--json").returncode == ExitCode.USAGE
 
 
@@ -252,7 +265,9 @@ def test_a_check_that_fails_is_a_host_out_of_reach(sleepers: Sleepers, tmp_path:
 
 def test_the_command_line_is_stronger_than_the_plan(sleepers: Sleepers, tmp_path: Path) -> None:
     """The stand-in is named on the command line; the plan's agent does not exist."""
-    file = write(tmp_path, to(sleepers, "checked.migrated"), defaults={"ssh": {"agent_command": "/nonexistent"}})
+    file = write(
+        tmp_path, to(sleepers, "checked.migrated"), defaults={"ssh": {"agent_command": "/nonexistent"}}
+    )
     assert run("plan", "apply", file).returncode == 0
 
 
@@ -289,7 +304,9 @@ def test_ctrl_c_ends_a_drain(sleepers: Sleepers, tmp_path: Path) -> None:
     assert (code, found) == (ExitCode.ROLLED_BACK, ["rolled-back", "not-started"])
 
 
-def test_a_service_that_is_killed_leaves_a_drain_in_doubt(sleepers: Sleepers, tmp_path: Path, home: Path) -> None:
+def test_a_service_that_is_killed_leaves_a_drain_in_doubt(
+    sleepers: Sleepers, tmp_path: Path, home: Path
+) -> None:
     sleepers.start("drained-one")
     file = drain_plan(tmp_path, "checked.waits")
     with subprocess.Popen(
@@ -322,7 +339,9 @@ OTHER = Selected(pid=8, name="redis", command="redis", user="root", started=300)
     [((ONE,), None), ((OTHER, ONE), None), ((LATER,), "process-changed"), ((OTHER,), "process-changed"),
      ((), "no-such-process")],
 )  # fmt: skip
-def test_before_a_move_it_must_be_the_process_that_was_checked(found: tuple[Selected, ...], kind: str | None) -> None:
+def test_before_a_move_it_must_be_the_process_that_was_checked(
+    found: tuple[Selected, ...], kind: str | None
+) -> None:
     """Another one of its name may have come meanwhile, by another move of the plan."""
     member = Member(Move(select=Select(name="redis"), source="alpha", destination="beta"))
     member.take_selection(Selection(processes=(ONE,)))

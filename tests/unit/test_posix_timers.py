@@ -129,7 +129,7 @@ def test_the_thread_in_the_process_own_numbers(notify: int, thread: int, expecte
     assert (found.notify, found.thread) == expected
 
 
-# Two timers with a beat of 80 ms: how long after its beat each signal comes is said, the least of ten; and how many missed.
+# Two timers with a beat of 80 ms: how late each signal comes is said, the least of ten; and how many missed.
 BEATS = r"""
 #include <signal.h>
 #include <stdio.h>
@@ -162,7 +162,9 @@ static void on_signal(int number, siginfo_t *info, void *unused)
 int main(void)
 {
     struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
-    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGRTMIN, .sigev_value.sival_int = 4711};
+    struct sigevent event = {
+        .sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGRTMIN, .sigev_value.sival_int = 4711
+    };
     struct itimerspec time = {{0, BEAT}, {0, BEAT}};
     struct itimerval same = {{0, BEAT / 1000}, {0, BEAT / 1000}};
     struct timespec now, nap = {1, 0};
@@ -177,7 +179,8 @@ int main(void)
     for (;;) {
         nanosleep(&nap, 0);
         clock_gettime(CLOCK_MONOTONIC, &now);
-        dprintf(1, "beats %lld of %lld\n", overruns, (now.tv_sec * 1000000000ll + now.tv_nsec - began) / BEAT);
+        long long passed = now.tv_sec * 1000000000ll + now.tv_nsec - began;
+        dprintf(1, "beats %lld of %lld\n", overruns, passed / BEAT);
     }
 }
 """
@@ -204,8 +207,11 @@ def test_timers_keep_their_beat_over_a_pause_that_is_longer(tmp_path: Path) -> N
         def said(what: str) -> list[int]:
             return [int(line.split()[1]) for line in program.lines()[start:] if line.startswith(what + " ")]
 
-        wait_for(lambda: bool(said("timer") and said("itimer") and len(said("beats")) > 1), "ten beats of both")
+        wait_for(
+            lambda: bool(said("timer") and said("itimer") and len(said("beats")) > 1), "ten beats of both"
+        )
         assert said("timer")[0] < 10_000 and said("itimer")[0] < 10_000
         beats = [line.split() for line in program.lines()[start:] if line.startswith("beats")]
-        assert all(abs(int(words[1]) - int(words[3])) <= 1 for words in beats), beats  # none is lost or counted twice
+        # none is lost or counted twice
+        assert all(abs(int(words[1]) - int(words[3])) <= 1 for words in beats), beats
         assert not [line for line in program.lines() if line.startswith("wrong")]

@@ -117,7 +117,9 @@ def test_locks_are_refused(make: Make, tmp_path: Path) -> None:
     assert [b.kind for b in kinds.blockers(case.files()[0], case.process)] == ["file-lock"]
 
 
-def test_a_deleted_file_that_grew_is_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_file_that_grew_is_refused(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
     with path.open("r+b", buffering=0) as ours:

@@ -40,7 +40,8 @@ def test_by_name_all_of_them(sleepers: Sleepers) -> None:
     assert pids(name="twin") == sorted([first, second])
     assert pids(name="single") == [other]
     assert pids(name="twi") == []
-    assert selection.find(Select(name="nobody-is-called-so")).why == "no process is called 'nobody-is-called-so'"
+    found = selection.find(Select(name="nobody-is-called-so"))
+    assert found.why == "no process is called 'nobody-is-called-so'"
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -88,7 +89,8 @@ def test_a_file_with_something_else(tmp_path: Path, text: str, why: str) -> None
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    assert selection.find(Select(pidfile=str(tmp_path / "none"))).why == f"{tmp_path}/none: No such file or directory"
+    missing = selection.find(Select(pidfile=str(tmp_path / "none")))
+    assert missing.why == f"{tmp_path}/none: No such file or directory"
     assert selection.find(Select(pidfile=str(tmp_path))).why == f"{tmp_path}: Is a directory"
     os.mkfifo(tmp_path / "fifo")  # nobody writes to it: it must not be waited for
     assert "there is no process number in it" in selection.find(Select(pidfile=str(tmp_path / "fifo"))).why

@@ -1,4 +1,4 @@
-"""Epoll entries that have fired (EPOLLONESHOT) are silent after the move until the program arms them again."""
+"""Epoll entries that have fired (EPOLLONESHOT) are silent after the move until the program rearms them."""
 
 from __future__ import annotations
 
@@ -164,7 +164,9 @@ def of(target: Shadow, fd: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("extra", [0, select.EPOLLET])
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_fired_entry_is_silent_and_can_be_armed(make: Make, opener: Callable[[], Opened], extra: int) -> None:
+def test_a_fired_entry_is_silent_and_can_be_armed(
+    make: Make, opener: Callable[[], Opened], extra: int
+) -> None:
     kept: list[object] = []
     case = make(lambda: fired_in_a_child(opener, kept, extra))
     made = captured(case)
@@ -209,7 +211,10 @@ def test_an_entry_that_nothing_silences_is_refused(make: Make, monkeypatch: pyte
     case = make(lambda: fired_in_a_child(an_empty_pipe, kept, 0))
     made = captured(case)
     monkeypatch.delattr(pipe, "rouse")
-    with rebuilt(case.context, made) as target, pytest.raises(Refusal, match="cannot be made silent") as refused:
+    with (
+        rebuilt(case.context, made) as target,
+        pytest.raises(Refusal, match="cannot be made silent") as refused,
+    ):
         add_fired_entries(target, made)
     assert refused.value.kind == "epoll-entry"
 

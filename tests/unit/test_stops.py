@@ -1,4 +1,4 @@
-"""Calls that answer EINTR to a mere stop (signal(7)): each is really stopped in, and goes on as if nothing had been."""
+"""Calls that answer EINTR to a mere stop (signal(7)): each is really stopped in, and goes on as before."""
 
 from __future__ import annotations
 
@@ -186,7 +186,8 @@ class Removed:
 
 def asynchronous() -> Call:
     reading, writing = os.pipe()
-    poll = at(struct.pack("<QIIHhIQQqQII", 0, 0, 0, 5, 0, reading, select.POLLIN, 0, 0, 0, 0, 0))  # IOCB_CMD_POLL
+    # 5 is IOCB_CMD_POLL
+    poll = at(struct.pack("<QIIHhIQQqQII", 0, 0, 0, 5, 0, reading, select.POLLIN, 0, 0, 0, 0, 0))
     place = at(struct.pack("<Q", poll))
 
     def submit() -> tuple[int, ...]:

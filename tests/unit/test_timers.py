@@ -40,7 +40,8 @@ def test_an_armed_timer_runs_out_when_it_would_have(
     if interval:
         left, passed = simulate_fast(value, interval, elapsed)
         assert missed == passed
-        assert found <= max(unit, left) < found + unit  # early by less than a unit, unless a unit is all that is left
+        # early by less than a unit, unless a unit is all that is left
+        assert found <= max(unit, left) < found + unit
     elif elapsed < value:
         assert missed == 0 and found <= max(unit, value - elapsed) < found + unit
     else:

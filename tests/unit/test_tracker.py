@@ -1,9 +1,9 @@
 """Dirty tracking on a live process: what `scan` tells, against what was done to the memory.
 
-A destination that believes the scans has the same memory in the end; and the scans do not tell more than they must.
-The same tests for whichever way this kernel has (tests/kernel runs them on one that has the other). Where they differ:
-write-protection tells what is new twice, for it is protected only by the second scan; soft-dirty tells a mapping that
-does not begin or end where one did as a whole.
+A destination that believes the scans has the same memory in the end; and the scans do not tell more than they
+must. The same tests for whichever way this kernel has (tests/kernel runs them on one that has the other).
+Where they differ: write-protection tells what is new twice, for it is protected only by the second scan;
+soft-dirty tells a mapping that does not begin or end where one did as a whole.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def test_reading_is_not_writing(watched: Watched) -> None:
 
 
 def test_zero_pages(watched: Watched) -> None:
-    """Read but never written: holes are not protected, so such pages are told, once; the sender leaves zeros out."""
+    """Read, never written: holes are not protected, so such pages are told, once; the sender skips zeros."""
     arena = Arena(watched)
     arena.write(0)
     arena.scan()
@@ -367,7 +367,7 @@ def test_a_mapping_made_anew_that_joins_its_neighbour(watched: Watched) -> None:
 
 
 def test_a_mapping_that_grew_and_became_part_of_its_neighbour(watched: Watched) -> None:
-    """While a mapping is new, mprotect(2) makes its pages writable and leaves no mark; merging takes the newness away."""
+    """While a mapping is new, mprotect(2) makes its pages writable and leaves no mark; merging ends that."""
     arena = Arena(watched)
     arena.puppet.call(arch.NR_munmap, arena.page(12), (PAGES - 12) * PAGE)
     arena.write(*range(12))

@@ -14,8 +14,9 @@ from agent.server.places import Places, default
 UNIT = Path(__file__).parents[2] / "configs" / "migrate-agent.service"
 # systemd.exec(5): each of these implies a mount namespace, or a seccomp filter which a tracer must not have.
 FORBIDDEN = re.compile(
-    r"Private|Protect|ReadOnlyPaths|ReadWritePaths|InaccessiblePaths|ExecPaths|NoExecPaths|TemporaryFileSystem|Bind|"
-    r"Root|Mount|DynamicUser|SystemCall|Restrict(?!art)|LockPersonality|MemoryDeny|Extension|LogNamespace"
+    r"Private|Protect|ReadOnlyPaths|ReadWritePaths|InaccessiblePaths|ExecPaths|NoExecPaths|"
+    r"TemporaryFileSystem|Bind|Root|Mount|DynamicUser|SystemCall|Restrict(?!art)|LockPersonality|"
+    r"MemoryDeny|Extension|LogNamespace"
 )
 
 
@@ -39,7 +40,9 @@ def test_it_starts_a_command_that_exists() -> None:
 
 def test_it_owns_the_places_that_tools_look_in() -> None:
     places = default()
-    found = Places(Path("/run", *values("RuntimeDirectory"), "agent.sock"), Path("/var/lib", *values("StateDirectory")))
+    found = Places(
+        Path("/run", *values("RuntimeDirectory"), "agent.sock"), Path("/var/lib", *values("StateDirectory"))
+    )
     assert found == places
     assert values("RuntimeDirectoryMode") == values("StateDirectoryMode") == ["0700"]
 

@@ -78,7 +78,9 @@ def test_every_program_here_has_one() -> None:
 
 def test_a_program_without_one_is_said() -> None:
     """The seed of a shadow is such a program: a few bytes of code."""
-    source = 'void _start(void) { for (;;) __asm__ volatile("syscall" : : "a"(34) : "rcx", "r11", "memory"); }'
+    source = (
+        'void _start(void) { for (;;) __asm__ volatile("syscall" : : "a"(34) : "rcx", "r11", "memory"); }'
+    )
     program = compiled(source, "-nostdlib", "-static")
     pid = os.posix_spawn(program, [str(program)], {})
     try:
@@ -325,10 +327,16 @@ def test_a_thread_inside_is_waited_for() -> None:
             stop([target.pid], time.monotonic() + 5)
             back = arch.as_restarted(ptrace.get_registers(target.pid))
             frame_at, frame = arch.returning_frame(
-                caller.path, place + 0x9000, back, ptrace.get_xstate(target.pid), ptrace.get_sigmask(target.pid)
+                caller.path,
+                place + 0x9000,
+                back,
+                ptrace.get_xstate(target.pid),
+                ptrace.get_sigmask(target.pid),
             )
             memory.write(frame_at, frame)
-            start = arch.returning_registers(back, caller.path, frame_at, arch.NR_nanosleep, (place + 0x4000, 0))
+            start = arch.returning_registers(
+                back, caller.path, frame_at, arch.NR_nanosleep, (place + 0x4000, 0)
+            )
             ptrace.set_registers(target.pid, start)
             ptrace.detach(target.pid)
         began = time.monotonic()

@@ -191,7 +191,7 @@ def test_a_wait_that_goes_on_is_known_by_its_number_and_beginning() -> None:
 
 @pytest.mark.parametrize("switches", [5, 6, 8, 20])
 def test_a_wait_after_it_is_another_one(switches: int) -> None:
-    """It left its CPU more often than for our stop and the wait again (or less: the number is of another thread)."""
+    """It left its CPU more often than for our stop and the wait again (or less: another thread's number)."""
     history = after(interrupted(arch.NR_poll), Asleep(100.0, 5))
     now = Asleep(110.0, switches)
     assert history.recall(7, RESTARTED, now) == (RESTARTED, now)

@@ -1,7 +1,8 @@
 """Everything that is true of x86-64 only: registers, syscall numbers, machine code, signal frames.
 
-Another architecture is another file with the same names. Sources: arch/x86/include/uapi/asm/{ptrace,sigcontext,
-ucontext}.h, arch/x86/entry/syscalls/syscall_64.tbl; the machine code is listed instruction by instruction.
+Another architecture is another file with the same names. Sources: ptrace.h, sigcontext.h, ucontext.h
+in arch/x86/include/uapi/asm and arch/x86/entry/syscalls/syscall_64.tbl; the machine code is listed
+instruction by instruction.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ ERESTARTNOINTR: Final = 513
 ERESTARTNOHAND: Final = 514
 ERESTART_RESTARTBLOCK: Final = 516
 
-# Syscalls that answer a mere stop with EINTR (signal(7), "Interruption of system calls ... by stop signals"): nothing was
-# consumed, so running them again is what the program would have seen without the stop. Some do so always:
+# Syscalls that answer a mere stop with EINTR (signal(7), "Interruption of system calls ... by stop signals"):
+# nothing was consumed, so running them again is what the program would have seen without it. Some always do:
 _EINTR_ALWAYS: Final = frozenset(
     {
         NR_epoll_wait,
@@ -110,7 +111,7 @@ _EINTR_ALWAYS: Final = frozenset(
         NR_io_getevents,
     }
 )
-# ... others on sockets with a time limit (SO_RCVTIMEO, SO_SNDTIMEO; sock_intr_errno), or on special descriptors
+# ... others on sockets with a time limit (SO_RCVTIMEO, SO_SNDTIMEO; sock_intr_errno), or special descriptors
 _EINTR_IF_LIMITED: Final = frozenset(
     {
         *(NR_read, NR_readv, NR_preadv2, NR_recvfrom, NR_recvmsg, NR_recvmmsg, NR_accept, NR_accept4),
@@ -206,22 +207,22 @@ def interruption_shows(number: int | None) -> int:
 
 
 def rerun(registers: Registers) -> Registers:
-    """Registers that execute the interrupted syscall again from its beginning, with its original arguments."""
+    """Registers that execute the interrupted syscall again from its beginning, its arguments as they were."""
     return msgspec.structs.replace(registers, rax=registers.orig_rax, rip=registers.rip - 2, orig_rax=_U64)
 
 
 def as_restarted(registers: Registers) -> Registers:
-    """What the kernel would do on resume, done by hand: for a context that goes through rt_sigreturn instead."""
+    """What the kernel would do on resume, by hand: for a context that goes through rt_sigreturn instead."""
     if registers.syscall is None:
         return registers
     result = -registers.result
-    # rt_sigreturn forgets the restart block (restore_sigcontext), so such a call starts over with its full time
+    # rt_sigreturn forgets the restart block (restore_sigcontext): such a call starts over with its full time
     if result in (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK):
         return rerun(registers)
     return outside_syscall(registers)
 
 
-# --- machine code -----------------------------------------------------------------------------------------------
+# --- machine code ---
 
 # rbx: table of 64-byte entries (nr, six arguments, result); r12: how many of them
 _LOOP: Final = bytes.fromhex(
@@ -247,8 +248,8 @@ BATCH_TRAP: Final = _LOOP + bytes.fromhex(
     "ebfd"  #     jmp done
 )
 
-# for a process that must outlive its tracer: raise the flag at r13, wait for the tracer in ppoll (timeout at r14),
-# and if nobody comes return through the signal frame at r15 to where the process was
+# for a process that must outlive its tracer: raise the flag at r13, wait for the tracer in ppoll (timeout at
+# r14), and if nobody comes return through the signal frame at r15 to where the process was
 BATCH_PARK: Final = _LOOP + bytes.fromhex(
     "49c7450001000000"  # mov qword [r13], 1
     "31ff"  #             xor edi, edi
@@ -282,7 +283,7 @@ _PHDR: Final = struct.Struct("<IIQQQQQQ")
 
 
 def _elf(code: bytes, address: int, data_size: int) -> bytes:
-    """A static ELF executable: a read-execute page with `code` at `address`, then `data_size` zero bytes, writable."""
+    """A static ELF executable: a read-execute page, `code`, at `address`, then `data_size` writable zeros."""
     count = 2 if data_size else 1
     offset = _EHDR.size + _PHDR.size * count
     ident = b"\x7fELF\x02\x01\x01" + bytes(9)
@@ -328,7 +329,7 @@ def find_syscall(code: bytes) -> int | None:
     return None if offset < 0 else offset
 
 
-# --- calls that return by themselves ----------------------------------------------------------------------------
+# --- calls that return by themselves ---
 
 _CALL_AND_RETURN: Final = b"\x0f\x05\xc3"  # syscall; ret
 # what every libc (and Go) has as the return address of its signal handlers: mov eax, rt_sigreturn; syscall
@@ -346,7 +347,7 @@ class ReturnPath(NamedTuple):
 
 
 def find_return(texts: Iterable[tuple[int, bytes]]) -> ReturnPath | None:
-    """Look for a return path in pieces of executable text, (address, content); None if there is not all of it."""
+    """Look for a return path in pieces of executable text, (address, content); None if part is missing."""
     call = restorer = 0
     for address, text in texts:
         found = [at for at in (text.find(code) for code in _RESTORERS) if at >= 0]
@@ -366,10 +367,12 @@ def is_return_path(path: ReturnPath, at_call: bytes, at_restorer: bytes) -> bool
 RETURN_PATH_BYTES: Final = max(map(len, (_CALL_AND_RETURN, *_RESTORERS)))
 
 
-def returning_frame(path: ReturnPath, end: int, back: Registers, xstate: bytes, sigmask: int) -> tuple[int, bytes]:
+def returning_frame(
+    path: ReturnPath, end: int, back: Registers, xstate: bytes, sigmask: int
+) -> tuple[int, bytes]:
     """A signal frame that ends before `end` and leads to `back`: (its address, its content).
 
-    Its return address is the restorer: a `ret` with the stack pointer at the frame goes back, as after a handler.
+    Its return address is the restorer: a `ret` with the stack pointer at it goes back, as after a handler.
     """
     address = (end - frame_size(xstate)) // 64 * 64
     frame = sigreturn_frame(address, back, xstate, sigmask)
@@ -383,7 +386,7 @@ def returning_registers(
     return msgspec.structs.replace(syscall_registers(base, path.call, number, arguments), rsp=frame)
 
 
-# --- rt_sigframe -------------------------------------------------------------------------------------------------
+# --- rt_sigframe ---
 
 _FP_XSTATE_MAGIC1: Final = 0x46505853
 _FP_XSTATE_MAGIC2: Final = 0x46505845
@@ -403,8 +406,8 @@ def frame_size(xstate: bytes) -> int:
 def sigreturn_frame(address: int, registers: Registers, xstate: bytes, sigmask: int) -> bytes:
     """A `struct rt_sigframe` for `address` that returns to `registers`; the caller sets rsp to address + 8.
 
-    The layout is asm/sigframe.h: return address, ucontext, then (64-byte aligned) the xsave area with its magic words.
-    Padding is ours. `address` must be 64-byte aligned.
+    The layout is asm/sigframe.h: return address, ucontext, then (64-byte aligned) the xsave area with its
+    magic words. Padding is ours. `address` must be 64-byte aligned.
     """
     r = registers
     segments = (r.cs & 0xFFFF) | ((r.ss & 0xFFFF) << 48)
@@ -419,7 +422,7 @@ def sigreturn_frame(address: int, registers: Registers, xstate: bytes, sigmask: 
 
 
 def _signal_xstate(xstate: bytes) -> bytes:
-    """The ptrace form of the xsave area in the form that a signal frame wants (asm/sigcontext.h `_fpx_sw_bytes`)."""
-    features = struct.unpack_from("<Q", xstate, 464)[0]
-    software = struct.pack("<IIQI", _FP_XSTATE_MAGIC1, len(xstate) + 4, features, len(xstate)).ljust(48, b"\0")
+    """The ptrace form of the xsave area as a signal frame wants it (asm/sigcontext.h `_fpx_sw_bytes`)."""
+    size, features = len(xstate), struct.unpack_from("<Q", xstate, 464)[0]
+    software = struct.pack("<IIQI", _FP_XSTATE_MAGIC1, size + 4, features, size).ljust(48, b"\0")
     return xstate[:464] + software + xstate[512:] + struct.pack("<I", _FP_XSTATE_MAGIC2)

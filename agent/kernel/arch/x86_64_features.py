@@ -1,11 +1,11 @@
-"""What a program may have come to depend on in an x86-64 CPU: instructions, and where its extended state lies.
+"""What a program may have come to depend on in an x86-64 CPU: instructions, places of its extended state.
 
-Instructions are known by the words of /proc/cpuinfo ("flags": arch/x86/include/asm/cpufeatures.h). A program chooses its
-code by them once, so each of them must be there wherever it goes on. Some words are the host's own affair; those are left
-out by name, and a word that is not known here counts.
+Instructions are known by the words of /proc/cpuinfo ("flags": arch/x86/include/asm/cpufeatures.h). A program
+chooses its code by them once, so each of them must be there wherever it goes on. Some words are the host's
+own affair; those are left out by name, and a word that is not known here counts.
 
-Extended state (CPUID leaf 0xD, XGETBV) comes in components. Ptrace and signal frames have them at fixed places, which
-differ between makers of CPUs; a component is a word here too: "xstate-9@2688+8".
+Extended state (CPUID leaf 0xD, XGETBV) comes in components. Ptrace and signal frames have them at fixed
+places, which differ between makers of CPUs; a component is a word here too: "xstate-9@2688+8".
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ SO_INCOMING_CPU, the SYN kept by TCP_SAVE_SYN, BPF that chooses within an SO_REU
 
 from agent.resources.tcp.blockers import blockers, can_connect, can_listen, signed_blockers
 from agent.resources.tcp.destination import activate, discard, rebuild
-from agent.resources.tcp.source import capture, held, lock, outline, pending_accepts, quiesce, release
+from agent.resources.tcp.source import capture, held, lock, outline, pending_accepts, release
 from agent.resources.tcp.state import (
     Queues,
     SocketAddress,
@@ -47,7 +47,6 @@ __all__ = [
     "lock",
     "outline",
     "pending_accepts",
-    "quiesce",
     "rebuild",
     "release",
     "signed_blockers",

@@ -120,7 +120,7 @@ def _peer_reasons(info: TcpSocketInfo, peer: str) -> Iterator[tuple[str, str, st
 
 
 def signed_blockers(names: dict[int, str]) -> list[Blocker]:
-    """Which of a process's TCP sockets, by inode with their names, sign their segments. Asks the kernel once for all."""
+    """Which of a process's TCP sockets, by inode with names, sign their segments. Asks the kernel once."""
     diag = SockDiag()
     try:
         families = (socket.AF_INET, socket.AF_INET6) if names else ()

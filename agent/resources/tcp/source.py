@@ -39,30 +39,17 @@ def lock(fd: int) -> None:
 
     Effect on failure (EPERM: the application locked its filter): none.
     """
-    _hold(fd, Kind.LOCK)
-
-
-def quiesce(fd: int) -> None:
-    """A listener takes no new connections from now on, but those half made are finished and can be accepted.
-
-    For the time right before a freeze: the running process empties its accept queue. The openings that are
-    dropped can be captured and replayed. Idempotent; undone by `release`.
-    """
-    _hold(fd, Kind.QUIESCE)
-
-
-def _hold(fd: int, kind: Kind) -> None:
     with borrow(fd) as sock:
         found = sock_filter.read(sock)
         if found is None or found.kind == Kind.APPLICATION:
             reuse = sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
-            sock_filter.hold(sock, kind, found.program if found else b"", reuse)
-        elif kind == Kind.LOCK != found.kind:
-            sock_filter.hold(sock, kind, found.program, found.note)
+            sock_filter.hold(sock, Kind.LOCK, found.program if found else b"", reuse)
+        elif found.kind != Kind.LOCK:
+            sock_filter.hold(sock, Kind.LOCK, found.program, found.note)
 
 
 def release(fd: int) -> None:
-    """Undo `lock`, `quiesce` and `capture`, in whatever state the socket is; nothing to undo is fine.
+    """Undo `lock` and `capture`, in whatever state the socket is; nothing to undo is fine.
 
     An established connection asks its peer for its window, so that both learn what they missed.
     """

@@ -82,6 +82,15 @@ def capture_process(tracee: Tracee, frozen: Frozen, executable: int) -> ProcessS
     return process
 
 
+def capture_last(tracee: Tracee, frozen: Frozen, state: ProcessState) -> None:
+    """What is asked by calls that change mappings, or could: they would wait for the last scan to end."""
+    batch = tracee.batch()
+    brk = batch.call("brk", _NR_BRK, 0)
+    lock_future = memory_lock.ask_future(batch, tracee.scratch)
+    outcome = tracee.run(tracee.pid, batch, frozen.registers[tracee.pid])
+    state.memory.brk, state.lock_future = outcome.results[brk], lock_future(outcome)
+
+
 def capture_threads(tracee: Tracee, frozen: Frozen) -> Iterator[ThreadState]:
     """All threads but the first: each is asked for what only it knows."""
     answers: dict[int, Callable[[Outcome], ThreadState]] = {}
@@ -110,13 +119,11 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
     # right after the timers: what a look before the batch says is earlier by all that kept the batch waiting
     clock = batch.space(16)
     batch.call("clock_gettime", arch.NR_clock_gettime, time.CLOCK_MONOTONIC, clock)
-    brk = batch.call("brk", _NR_BRK, 0)
     securebits = batch.call("PR_GET_SECUREBITS", arch.NR_prctl, identity.PR_GET_SECUREBITS)
     dumpable = batch.call("PR_GET_DUMPABLE", arch.NR_prctl, identity.PR_GET_DUMPABLE)
     subreaper_at = batch.space(8)
     batch.call("PR_GET_CHILD_SUBREAPER", arch.NR_prctl, identity.PR_GET_CHILD_SUBREAPER, subreaper_at)
     thp = batch.call("PR_GET_THP_DISABLE", arch.NR_prctl, identity.PR_GET_THP_DISABLE, optional=True)
-    lock_future = memory_lock.ask_future(batch, tracee.scratch)
     _, thread = threads.ask(batch, pid, frozen.registers[pid], frozen.stopped[pid])
     outcome = tracee.run(pid, batch, frozen.registers[pid])
     seconds, nanoseconds = struct.unpack("<qq", outcome.read(clock, 16))
@@ -130,7 +137,7 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
         timers=posix(outcome),
         credentials=identity.credentials(pid, securebits=outcome.results[securebits]),
         limits=tuple(procfs.limits(pid)),
-        memory=_memory_fields(pid, outcome.results[brk]),
+        memory=_memory_fields(pid),
         auxv=procfs.auxv(pid),
         executable=executable,
         cwd=os.readlink(f"/proc/{pid}/cwd"),
@@ -140,13 +147,12 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
         dumpable=outcome.results[dumpable],
         child_subreaper=struct.unpack("<i", outcome.read(subreaper_at, 4))[0],
         thp_disable=max(0, outcome.results[thp]),
-        lock_future=lock_future(outcome),
         captured_at=seconds * 1_000_000_000 + nanoseconds,
     )
     return state, _finish(thread(outcome), frozen, pid)
 
 
-def _memory_fields(pid: int, brk: int) -> MemoryFields:
+def _memory_fields(pid: int) -> MemoryFields:
     stat = procfs.stat(pid)
     return MemoryFields(
         start_code=stat.start_code,
@@ -154,7 +160,7 @@ def _memory_fields(pid: int, brk: int) -> MemoryFields:
         start_data=stat.start_data,
         end_data=stat.end_data,
         start_brk=stat.start_brk,
-        brk=brk,
+        brk=0,
         start_stack=stat.start_stack,
         arg_start=stat.arg_start,
         arg_end=stat.arg_end,

@@ -33,6 +33,7 @@ REOPEN_FLAGS: Final = (
     | 0o100000  # O_LARGEFILE
 )
 O_CLOEXEC: Final = os.O_CLOEXEC
+_SOCKET: Final = "socket:["  # how their links begin
 _ATTEMPTS: Final = 5  # to list descriptors while they change
 
 
@@ -140,8 +141,10 @@ def _fdinfo_value(info: list[tuple[str, str]], name: str) -> str:
 def open_file(process: SourceProcess, fd: int, link: str) -> OpenFile:
     pid = process.pid
     info = procfs.fdinfo(pid, fd)
-    found = os.stat(f"/proc/{pid}/fd/{fd}")
     flags = int(_fdinfo_value(info, "flags"), 8)
+    if link.startswith(_SOCKET):
+        return _open_socket(process, fd, link, flags, info)
+    found = os.stat(f"/proc/{pid}/fd/{fd}")
     return OpenFile(
         numbers=((fd, bool(flags & O_CLOEXEC)),),
         link=link,
@@ -153,7 +156,25 @@ def open_file(process: SourceProcess, fd: int, link: str) -> OpenFile:
         size=found.st_size,
         links=found.st_nlink,
         info=info,
-        socket=_socket_kind(process.duplicate(fd)) if stat.S_ISSOCK(found.st_mode) else None,
+    )
+
+
+def _open_socket(
+    process: SourceProcess, fd: int, link: str, flags: int, info: list[tuple[str, str]]
+) -> OpenFile:
+    """A process may have thousands, so nothing is asked that is the same for all."""
+    return OpenFile(
+        numbers=((fd, bool(flags & O_CLOEXEC)),),
+        link=link,
+        flags=flags & ~O_CLOEXEC,
+        position=0,
+        mode=stat.S_IFSOCK | 0o777,
+        device=0,
+        inode=int(link[len(_SOCKET) : -1]),
+        size=0,
+        links=1,
+        info=info,
+        socket=_socket_kind(process.duplicate(fd)),
     )
 
 

@@ -275,10 +275,18 @@ class Incoming:
                 raise Refusal("file-changed", f"{path} was written to during the migration")
         self._phases = Phases("destination")
         self._finishing = Finish(
-            self._built, message, self.context, self.open_file, self._delta, self._phases
+            self._built, message.process, self.context, self.open_file, self._delta, self._phases
         )
         self._finishing.begin()
-        self._handlers |= {protocol.Threads: self._threads, Pages: self._last_pages}
+        self._handlers |= {
+            protocol.Descriptors: self._descriptors,
+            protocol.Threads: self._threads,
+            Pages: self._last_pages,
+        }
+
+    def _descriptors(self, message: protocol.Descriptors) -> None:
+        self._phases.begin()
+        self._finishing.descriptors(message.descriptors, message.last)
 
     def _threads(self, message: protocol.Threads) -> None:
         self._phases.begin()
@@ -289,9 +297,9 @@ class Incoming:
         self._pages(message)
         self._phases.mark("pages")
 
-    def _complete(self, _: protocol.Complete) -> None:
+    def _complete(self, message: protocol.Complete) -> None:
         self._phases.begin()
-        notices = self._finishing.end()
+        notices = self._finishing.end(message)
         self._handlers = {protocol.Verify: self._verify}
         self.link.send(protocol.Ready(phases=self._phases.taken(), notices=tuple(notices)))
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from agent import kinds, protocol
 from agent.api import Notice
-from agent.descriptors import Rebuilding
+from agent.descriptors import Descriptor, Rebuilding
 from agent.kernel import ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
@@ -36,12 +36,12 @@ NR_prctl: Final = arch.NR_prctl
 
 
 class Finish:
-    """The rebuilding of one shadow: `begin`, `threads` as they come, `end` after the last page."""
+    """The rebuilding of one shadow: `begin`, `descriptors` and `threads` as they come, and `end`."""
 
     def __init__(
         self,
         shadow: Shadow,
-        message: protocol.Rebuild,
+        state: ProcessState,
         context: Rebuilding,
         open_file: Callable[[int], int],
         delta: int,
@@ -49,14 +49,16 @@ class Finish:
     ) -> None:
         """`delta`: nanoseconds that the process's monotonic clock is ahead of ours."""
         self._shadow = shadow
-        self._message = message
-        self._state = message.process
+        self._state = state
         self._context = context
         self._open_file = open_file
         self._delta = delta
         self._phases = phases
         self._credentials = identity.credentials(shadow.pid)
         self._xstate = ptrace.get_xstate(shadow.pid)
+        self._executable = -1  # where the shadow has it open
+        self._descriptors: list[Descriptor] = []
+        self._ours: list[int] = []  # the same, rebuilt
         self.notices: list[Notice] = []
 
     @property
@@ -64,16 +66,38 @@ class Finish:
         return self._state.threads[0]
 
     def begin(self) -> None:
-        """Descriptors, empty threads, settings: while the source still sends its last pages."""
-        shadow, state, mark = self._shadow, self._state, self._phases.mark
-        self._context.elapsed_ns = max(0, time.monotonic_ns() + self._delta - state.captured_at)
-        ptrace.set_sigmask(shadow.pid, _BLOCKED)
-        executable = _descriptors(shadow, self._message, self._context, self._open_file(state.executable))
-        mark("descriptors")
-        shadow.make_threads(state.tids)
-        mark("make threads")
-        _settings(shadow, state, self._message, executable, self._leader.tid, self._delta)
-        mark("settings")
+        """Empty threads."""
+        self._context.elapsed_ns = max(0, time.monotonic_ns() + self._delta - self._state.captured_at)
+        ptrace.set_sigmask(self._shadow.pid, _BLOCKED)
+        self._shadow.make_threads(self._state.tids)
+        self._phases.mark("make threads")
+
+    def descriptors(self, descriptors: list[Descriptor], last: bool) -> None:
+        """Open files; with the last, all get their numbers, and the settings that need them are made."""
+        self._descriptors += descriptors
+        self._ours += [kinds.rebuild(one, self._context) for one in descriptors]
+        if last:
+            self._executable = self._place(self._open_file(self._state.executable))
+        self._phases.mark("descriptors")
+        if last:
+            _settings(self._shadow, self._state, self._descriptors, self._leader.tid, self._delta)
+            self._phases.mark("settings")
+
+    def _place(self, executable: int) -> int:
+        """All descriptors to the shadow; the number under which it has the executable for the moment."""
+        keep = {fd for fd, _ in self._context.sockets}
+        try:
+            received = self._shadow.receive([*self._ours, executable])
+        finally:
+            for fd in self._ours:
+                if fd not in keep:
+                    os.close(fd)
+        wanted = [d.numbers for d in self._descriptors]
+        taken = {number for group in wanted for number, _ in group}
+        place = max(taken, default=0) + 1
+        self._shadow.place(received, [*wanted, ((place, True),)])
+        add_fired_entries(self._shadow, self._descriptors)
+        return place
 
     def threads(self, threads: list[ThreadState]) -> None:
         """All that these threads do for themselves, and their registers. The first one's turn is in `end`."""
@@ -81,15 +105,19 @@ class Finish:
         self._run(threads)
         self._phases.mark("threads")
 
-    def end(self) -> list[Notice]:
+    def end(self, last: protocol.Complete) -> list[Notice]:
         """Afterwards the shadow is whole, stopped, and has nothing of ours in it.
 
         With its credentials our rights end.
         """
         shadow, state = self._shadow, self._state
+        state.memory.brk, state.lock_future = last.brk, last.lock_future
+        if self._executable < 0:
+            raise ProtocolError("the descriptors were not announced as complete")
         if sorted(t.tid for t in state.threads) != sorted(state.tids):
             raise ProtocolError(f"{len(state.threads)} threads where {len(state.tids)} were announced")
-        identity.restore_limits(shadow.pid, state.limits)
+        _memory_map(shadow, state, self._executable)
+        identity.restore_limits(shadow.pid, state.limits)  # after it: it may have more than it could get now
         self.notices += _oom_score(shadow, state)
         self._run([self._leader])
         shadow.leave_scratch()
@@ -131,31 +159,8 @@ class Finish:
         threads.restore_rseq(batch, thread)
 
 
-def _descriptors(shadow: Shadow, message: protocol.Rebuild, context: Rebuilding, executable: int) -> int:
-    """Place all descriptors; the number under which the executable is open for the moment."""
-    # listeners before connections, which share their port
-    order = sorted(
-        range(len(message.descriptors)), key=lambda i: not kinds.is_listener(message.descriptors[i])
-    )
-    rebuilt = {i: kinds.rebuild(message.descriptors[i], context) for i in order}
-    ours = [rebuilt[i] for i in range(len(order))]
-    keep = {fd for fd, _ in context.sockets}
-    try:
-        received = shadow.receive([*ours, executable])
-    finally:
-        for fd in ours:
-            if fd not in keep:
-                os.close(fd)
-    wanted = [d.numbers for d in message.descriptors]
-    taken = {number for group in wanted for number, _ in group}
-    place = max(taken, default=0) + 1
-    shadow.place(received, [*wanted, ((place, True),)])
-    add_fired_entries(shadow, message.descriptors)
-    return place
-
-
 def _settings(
-    shadow: Shadow, state: ProcessState, message: protocol.Rebuild, executable: int, own_pid: int, delta: int
+    shadow: Shadow, state: ProcessState, descriptors: list[Descriptor], own_pid: int, delta: int
 ) -> None:
     batch = shadow.batch()
     batch.call(f"chdir {state.cwd}", NR_chdir, batch.put(os.fsencode(state.cwd) + b"\0"))
@@ -165,9 +170,7 @@ def _settings(
         batch.call("child subreaper", NR_prctl, identity.PR_SET_CHILD_SUBREAPER, 1)
     if state.thp_disable:
         batch.call("THP disable", NR_prctl, identity.PR_SET_THP_DISABLE, 1)
-    _memory_map(batch, state, executable)
-    batch.call("close executable", arch.NR_close, executable)
-    for descriptor in message.descriptors:
+    for descriptor in descriptors:
         if descriptor.kind == epoll.NAME:
             epoll.add_entries(batch, descriptor.numbers[0][0], kinds.decode(descriptor), fired=False)
     places = timers.create_posix(batch, state.timers)
@@ -187,8 +190,9 @@ def _check_timers(state: ProcessState, numbers: list[int]) -> None:
             raise RuntimeError(f"POSIX timer {timer.timer.id} got number {number}")
 
 
-def _memory_map(batch: Batch, state: ProcessState, executable: int) -> None:
+def _memory_map(shadow: Shadow, state: ProcessState, executable: int) -> None:
     """PR_SET_MM_MAP (prctl(2)): where text, data, heap, stack and arguments are; auxv; /proc/PID/exe."""
+    batch = shadow.batch()
     auxv = batch.put(state.auxv)
     m = state.memory
     fields = (
@@ -200,6 +204,8 @@ def _memory_map(batch: Batch, state: ProcessState, executable: int) -> None:
     batch.call(
         "PR_SET_MM_MAP", NR_prctl, identity.PR_SET_MM, identity.PR_SET_MM_MAP, place, len(structure), 0
     )
+    batch.call("close executable", arch.NR_close, executable)
+    shadow.run(shadow.pid, batch)
 
 
 def _oom_score(shadow: Shadow, state: ProcessState) -> list[Notice]:

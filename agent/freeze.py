@@ -24,6 +24,7 @@ from agent.kernel.arch.x86_64 import Registers
 from agent.network import SourceNetwork
 from agent.phases import Phases
 from agent.resources import epoll, signals, threads, timers, waits
+from agent.resources.tcp_socket import is_connection
 from agent.resources.tcp_socket import recognise as is_tcp
 from agent.rounds import Pending, Rounds, unpaced
 from agent.tracee import stop, wait_event_stop
@@ -31,6 +32,7 @@ from agent.unmovable import NotStill, Unmovable
 from transport.frames import LinkClosed
 
 _ATTEMPTS: Final = 20
+_DESCRIPTORS_A_MESSAGE: Final = 100
 _THREADS_A_MESSAGE: Final = 50
 _RETRY_SECONDS: Final = 0.01
 _UNINTERRUPTIBLE_SECONDS: Final = 5.0  # that a rollback waits for a task to stop; it is let go when we end
@@ -98,6 +100,7 @@ class FrozenProcess:
         self.began = time.perf_counter()
         self.deadline = time.monotonic() + self._options.freeze_timeout_ms / 1000
         self._seize_all()
+        self._rounds.look()
         self._mark("stop")
         self.monotonic = time.monotonic_ns() + capture.namespace_offset(self.pid)[0]
         self._look_again()
@@ -121,7 +124,7 @@ class FrozenProcess:
         """What was checked must still hold; it had all of the pre-copy to change. NotStill, Unmovable."""
         if self._rounds.program_changed():
             raise Unmovable("process-executed", "it made itself another program (execve)")
-        if any(signals.number_of(ptrace.get_siginfo(tid)) != signal.SIGTRAP for tid in self.tids):
+        if self._stopped_by != {signal.SIGTRAP}:
             raise NotStill("stopped", "it is stopped by a signal (job control)")
         self.files = open_files(self._process)
         new = (file for file in self.files if not (is_tcp(file) and file.inode in self._known))
@@ -135,13 +138,14 @@ class FrozenProcess:
 
     def _seize_all(self) -> None:
         """Seize and stop until no task is left that is not: a running thread may make another."""
+        self._stopped_by: set[int] = set()
         while True:
             fresh = [tid for tid in procfs.threads(self.pid) if tid not in self.tids]
             if not fresh:
                 return
             seized = [tid for tid in fresh if self._seize(tid)]
             self.tids += seized
-            stop(seized, self.deadline)
+            self._stopped_by |= stop(seized, self.deadline)
 
     def _seize(self, tid: int) -> bool:
         try:
@@ -176,24 +180,31 @@ class FrozenProcess:
         )
 
     def capture(self) -> protocol.Rebuild:
-        """Everything but memory and the threads after the first."""
+        """Everything but memory, descriptors and the threads after the first."""
         assert self.facts is not None
         process = capture.capture_process(self._rounds.tracee, self.facts, self._found.executable)
         self._mark("process")
-        stale = epoll.stale(self.files, self.pid)
-        if stale:
-            raise ValueError(f"{stale[0]} watches a descriptor that was closed")
-        descriptors = [kinds.capture(file, self._process) for file in self.files]
-        self._mark("descriptors")
         self.state = protocol.Rebuild(
             process=process,
-            descriptors=descriptors,
             monotonic_at_freeze=self.monotonic,
             leave_stopped=self._options.leave_stopped,
         )
         self._queued = {0: Counter(self.facts.shared_pending)}
         self._queued |= {tid: Counter(thread.pending) for tid, thread in self.facts.stopped.items()}
         return self.state
+
+    def send_descriptors(self) -> None:
+        """Some at a time, listeners first: the destination rebuilds them meanwhile."""
+        stale = epoll.stale(self.files, self.pid)
+        if stale:
+            raise ValueError(f"{stale[0]} watches a descriptor that was closed")
+        files = sorted(self.files, key=lambda file: is_connection(file, self._process))
+        for first in range(0, len(files) or 1, _DESCRIPTORS_A_MESSAGE):
+            some = files[first : first + _DESCRIPTORS_A_MESSAGE]
+            captured = [kinds.capture(file, self._process) for file in some]
+            last = first + _DESCRIPTORS_A_MESSAGE >= len(files)
+            self._rounds.link.send(protocol.Descriptors(captured, last))
+        self._mark("descriptors")
 
     def send_threads(self) -> None:
         """The other threads, some at a time: the destination rebuilds them meanwhile."""
@@ -204,17 +215,28 @@ class FrozenProcess:
             self.state.process.threads += some
         self._mark("threads")
 
-    def late_signals(self) -> list[tuple[int, bytes]]:
+    def complete(self) -> protocol.Complete:
+        """What is asked when nobody looks at the page tables any more."""
+        assert self.facts is not None and self.state is not None
+        process = self.state.process
+        capture.capture_last(self._rounds.tracee, self.facts, process)
+        self._mark("last questions")
+        return protocol.Complete(process.memory.brk, process.lock_future)
+
+    def late_signals(self, of_threads: bool) -> list[tuple[int, bytes]]:
         """What was queued since the capture or the last call: (thread's own number, 0: the process; siginfo).
 
-        Captured timers go on over there, so what they queue here meanwhile would be theirs twice.
+        Captured timers go on over there, so what they queue here meanwhile would be theirs twice. To look
+        into the queues of all threads, too, takes some microseconds for each.
         """
         found: list[tuple[int, bytes]] = []
         if not self.tids or self.state is None:  # buried, or not captured
             return found
         process = self.state.process
-        for tid, known in self._queued.items():
+        for tid, known in self._queued.items() if of_threads else [(0, self._queued[0])]:
             queue = signals.pending_of_thread(tid) if tid else signals.pending_of_process(self.pid)
+            if not queue:
+                continue
             new = Counter(queue) - known
             known.update(new)
             number = self.facts.numbers[tid] if tid and self.facts is not None else 0
@@ -231,6 +253,7 @@ class FrozenProcess:
         deadline = time.monotonic() + _UNINTERRUPTIBLE_SECONDS
         with contextlib.ExitStack() as steps:  # each is done, whatever the others raise; the network first
             steps.callback(self._forget_tasks)
+            steps.callback(self._rounds.forget_look)
             for tid in self.tids:
                 steps.callback(self._resume, tid, deadline)
             steps.callback(self._network.unlock)

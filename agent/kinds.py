@@ -24,7 +24,6 @@ from agent.resources import (
     tcp_socket,
     timerfd,
 )
-from agent.resources.tcp import TcpListener
 
 KINDS: Final[tuple[Any, ...]] = (
     regular_file,
@@ -116,10 +115,6 @@ def capture(file: OpenFile, process: SourceProcess) -> Descriptor:
 def decode(descriptor: Descriptor) -> Any:
     kind = _BY_NAME[descriptor.kind]
     return msgspec.msgpack.decode(descriptor.state, type=kind.State)
-
-
-def is_listener(descriptor: Descriptor) -> bool:
-    return descriptor.kind == tcp_socket.NAME and isinstance(decode(descriptor).tcp, TcpListener)
 
 
 def rebuild(descriptor: Descriptor, context: Rebuilding) -> int:

@@ -18,7 +18,6 @@ from agent.api import Blocker, Notice
 from agent.kernel.addresses import Announcer
 from agent.kernel.packet import Injector
 from agent.kernel.sock_diag import SockDiag
-from agent.kernel.tcp_repair import TcpState
 from agent.resources import service_address, tcp
 from agent.resources.service_address import ServiceAddress
 from agent.resources.switchover import PacketCapture, replay
@@ -110,13 +109,7 @@ class SourceNetwork:
     def busy(self) -> bool:
         """Whether a connection waits to be accepted, is half open, or has ended and is about to be closed."""
         assert self._diag is not None
-        for fd in self._locked:
-            info = tcp.inspect(fd)
-            if info.state == TcpState.CLOSE and info.used:
-                return True
-            if info.state == TcpState.LISTEN and tcp.pending_accepts(fd, self._diag):
-                return True
-        return False
+        return any(tcp.unsettled(fd, self._diag) for fd in self._locked)
 
     def unlock(self) -> None:
         """Roll back: every socket as it was, and what arrived meanwhile arrives now.

@@ -12,9 +12,10 @@
     RoundEnd          ------------------->
                       <-------------------   RoundDone
                           (source frozen)
-    Rebuild           ------------------->   the process and its descriptors
-    Layout, Discard, pages ... ----------->   once more, while the destination rebuilds
+    Rebuild           ------------------->   the process
+    Descriptors ...   ------------------->   as they are captured
     Threads ...       ------------------->   as they are captured
+    Layout, Discard, pages ... ----------->   once more, while the destination rebuilds
     Complete          ------------------->
                       <-------------------   Ready: rebuilt to the last register, still stopped
     Verify            ------------------->   optional; any number
@@ -137,12 +138,18 @@ class RoundDone(msgspec.Struct, frozen=True, tag="round-done"):
 
 
 class Rebuild(msgspec.Struct, frozen=True, kw_only=True, tag="rebuild"):
-    """Everything but memory and the threads after the first."""
+    """Everything but memory, descriptors and the threads after the first."""
 
     process: ProcessState
-    descriptors: list[Descriptor]
     monotonic_at_freeze: int  # of the process, nanoseconds: its clock must not be behind this when it goes on
     leave_stopped: bool
+
+
+class Descriptors(msgspec.Struct, frozen=True, tag="descriptors"):
+    """Some open file descriptions, in the order to rebuild them: listeners before connections."""
+
+    descriptors: list[Descriptor]
+    last: bool
 
 
 class Threads(msgspec.Struct, frozen=True, tag="threads"):
@@ -150,7 +157,10 @@ class Threads(msgspec.Struct, frozen=True, tag="threads"):
 
 
 class Complete(msgspec.Struct, frozen=True, tag="complete"):
-    """All pages and threads were sent."""
+    """All pages and threads were sent; and what is asked last."""
+
+    brk: int  # the end of the heap, brk(2)
+    lock_future: int  # flags of mlockall(2), 0 if memory that is mapped from now on is not locked
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
@@ -219,6 +229,7 @@ Message = (
     | RoundDone
     | Rebuild
     | Threads
+    | Descriptors
     | Complete
     | Ready
     | Verify

@@ -93,6 +93,7 @@ class Migration:
         self.dirty_rate = 0.0  # bytes per second, as last measured
         self._opened: list[FileRef] = []
         self._missing: tuple[str, ...] = ()
+        self._signals: list[tuple[int, bytes]] = []  # that came while the destination rebuilt
         self._unshared: frozenset[str] = frozenset()  # paths that the destination compared by content
         self.report = Report(
             outcome=Outcome.REFUSED,
@@ -385,10 +386,12 @@ class Migration:
         self._check_files(found)
         self.link.send(frozen.capture())
         frozen.phases.mark("send state")
-        last = frozen.send_pages(len(self.rounds.history) + 1, self.dirty_rate)
+        frozen.send_descriptors()
         frozen.send_threads()
-        self.link.send(protocol.Complete())
+        last = frozen.send_pages(len(self.rounds.history) + 1, self.dirty_rate)
+        self.link.send(frozen.complete())
         frozen.check_settings()
+        self._signals = frozen.late_signals(of_threads=True)
         ready = self.link.expect(protocol.Ready, frozen.deadline)
         frozen.phases.mark("wait for ready")
         verified = None
@@ -416,10 +419,10 @@ class Migration:
         assert self.frozen is not None and self.rounds is not None
         frozen = self.frozen
         self._state("committing")
-        signals = frozen.late_signals()
+        signals = [*self._signals, *frozen.late_signals(of_threads=False)]
         frozen.commit(lambda: self.link.send(protocol.Commit(signals)))
         self.network.withdraw()
-        self._send_late(last=False)
+        self._send_late(last=False, of_threads=False)
         live = self.link.expect(protocol.Live, time.monotonic() + 30)
         frozen.phases.mark("commit")
         self.report = msgspec.structs.replace(
@@ -434,11 +437,11 @@ class Migration:
         self.report = msgspec.structs.replace(self.report, notices=(*self.report.notices, *notices))
         self._finish(Outcome.MIGRATED)
 
-    def _send_late(self, last: bool) -> None:
+    def _send_late(self, last: bool, of_threads: bool = True) -> None:
         assert self.frozen is not None
         signals: list[tuple[int, bytes]] = []
         with contextlib.suppress(ProcessLookupError):  # somebody killed it: the copy lives already
-            signals = self.frozen.late_signals()
+            signals = self.frozen.late_signals(of_threads)
         self.link.send(protocol.Late(self.network.captured(), signals, last))
 
     def _afterwards(self, frozen: FrozenProcess) -> tuple[Notice, ...]:

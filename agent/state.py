@@ -61,7 +61,7 @@ class TimerState(msgspec.Struct, frozen=True):
     overrun: int
 
 
-class MemoryFields(msgspec.Struct, frozen=True):
+class MemoryFields(msgspec.Struct):
     """`struct prctl_mm_map` without its pointers, in the kernel's order (PR_SET_MM_MAP, prctl(2))."""
 
     start_code: int
@@ -69,7 +69,7 @@ class MemoryFields(msgspec.Struct, frozen=True):
     start_data: int
     end_data: int
     start_brk: int
-    brk: int
+    brk: int  # on the link it comes with `protocol.Complete`
     start_stack: int
     arg_start: int
     arg_end: int
@@ -98,5 +98,5 @@ class ProcessState(msgspec.Struct):
     dumpable: int
     child_subreaper: int
     thp_disable: int
-    lock_future: int  # flags of mlockall(2)
     captured_at: int  # CLOCK_MONOTONIC of the source when timers were read, nanoseconds
+    lock_future: int = 0  # flags of mlockall(2); on the link it comes with `protocol.Complete`

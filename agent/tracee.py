@@ -100,22 +100,23 @@ class Outcome:
         return self._data[address - self._base : address - self._base + size]
 
 
-def stop(tids: list[int], deadline: float) -> None:
+def stop(tids: list[int], deadline: float) -> set[int]:
     """Interrupt seized tasks and wait until each is off its CPU; signals on their way are delivered first.
 
-    TaskEnded if one is gone; TimeoutError if one does not stop by `deadline` (time.monotonic()).
+    What stopped them: SIGTRAP, or a stop signal if that was job control (ptrace(2), "Group-stop"). TaskEnded
+    if one is gone; TimeoutError if one does not stop by `deadline` (time.monotonic()).
     """
     for tid in tids:
         ptrace.interrupt(tid)
-    for tid in tids:
-        wait_event_stop(tid, deadline)
+    return {wait_event_stop(tid, deadline) for tid in tids}
 
 
-def wait_event_stop(tid: int, deadline: float) -> None:
+def wait_event_stop(tid: int, deadline: float) -> int:
+    """What stopped it, as of `stop`."""
     while True:
         status = wait_until(tid, deadline)
         if ptrace.event(status) == ptrace.PTRACE_EVENT_STOP:
-            return
+            return os.WSTOPSIG(status)
         # any other stop cancels one that was asked for before it (kernel/signal.c, ptrace_stop)
         ptrace.interrupt(tid)
         ptrace.cont(tid, _passed_on(status))

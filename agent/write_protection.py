@@ -56,16 +56,34 @@ class WriteProtection:
 
         Only in `files` the kernel is asked whether a page is the file's own: that costs five times the rest.
         """
-        written = self._written(protect)
+        written, present, guards = self._protect() if protect else self._look()
+        own = [r for low, high in files for r in self._own(low, high)]
+        present = without(merged([*without(present, files), *own]), excluded)
+        return Scan(present, intersection(written, present), without(guards, excluded))
+
+    def _protect(self) -> tuple[list[Range], list[Range], list[Range]]:
+        """Written and protected again; there; guards."""
+        written = self._written()
         # what is not watched is written, whatever marks its pages may carry
         unwatched = self._there(0, TASK_SIZE, inverted=PAGE_IS_WPALLOWED)
         written = merged([*written, *((s, e) for s, e, _ in unwatched)])
         present, guards = list[Range](), list[Range]()
         for start, end, categories in self._there(0, TASK_SIZE, returned=self._guard):
             (guards if categories else present).append((start, end))
-        own = [r for low, high in files for r in self._own(low, high)]
-        present = without(merged([*without(present, files), *own]), excluded)
-        return Scan(present, intersection(written, present), without(guards, excluded))
+        return written, present, guards
+
+    def _look(self) -> tuple[list[Range], list[Range], list[Range]]:
+        """The same where nothing is protected: in one walk over the page tables."""
+        written, present, guards = list[Range](), list[Range](), list[Range]()
+        returned = PAGE_IS_WRITTEN | PAGE_IS_WPALLOWED | self._guard
+        for start, end, categories in self._there(0, TASK_SIZE, returned=returned):
+            if categories & self._guard:
+                guards.append((start, end))
+                continue
+            present.append((start, end))
+            if categories & (PAGE_IS_WRITTEN | PAGE_IS_WPALLOWED) != PAGE_IS_WPALLOWED:
+                written.append((start, end))
+        return written, present, guards
 
     def _own(self, start: int, end: int) -> list[Range]:
         """Pages in a mapping of a file that are no longer the file's."""
@@ -75,16 +93,15 @@ class WriteProtection:
             found += without([(low, high)], holes)
         return found
 
-    def _written(self, protect: bool) -> list[Range]:
+    def _written(self) -> list[Range]:
         """The kernel's short way also takes holes for written and would protect them, a marker for each."""
-        any_of = _THERE if protect else 0
         regions = self._pagemap.scan(
             0,
             TASK_SIZE,
-            any_of=any_of,
+            any_of=_THERE,
             required=PAGE_IS_WRITTEN,
             returned=PAGE_IS_WRITTEN,
-            write_protect=protect,
+            write_protect=True,
         )
         return [(start, end) for start, end, _ in regions]
 

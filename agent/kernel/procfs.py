@@ -20,6 +20,7 @@ PROT_READ: Final = 1
 PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
 _READ_SIZE: Final = 1 << 16  # the kernel gives a page at a time anyway
+_RECORD_SIZE: Final = 1 << 13
 
 
 def is_text(path: str) -> bool:
@@ -48,14 +49,30 @@ class MapsLine(msgspec.Struct, frozen=True):
 
 def read(path: str) -> bytes:
     """A whole /proc file; ProcessLookupError if the process is gone."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise ProcessLookupError(3, "no such process", path) from None
+    fd = _open(path)
     try:
         return b"".join(iter(lambda: os.read(fd, _READ_SIZE), b""))
     finally:
         os.close(fd)
+
+
+def read_record(path: str) -> bytes:
+    """A /proc file of one record, which the kernel gives out whole (single_open): in one read."""
+    fd = _open(path)
+    try:
+        data = os.read(fd, _RECORD_SIZE)
+        if len(data) == _RECORD_SIZE:
+            data += b"".join(iter(lambda: os.read(fd, _READ_SIZE), b""))
+        return data
+    finally:
+        os.close(fd)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ProcessLookupError(3, "no such process", path) from None
 
 
 def _maps_line(line: str) -> MapsLine:
@@ -130,7 +147,7 @@ class Settings(msgspec.Struct, frozen=True):
 
 def settings(pid: int, tid: int) -> Settings:
     """Cheaper than `status`: asked of each thread in the freeze."""
-    text = read(f"/proc/{pid}/task/{tid}/status")
+    text = read_record(f"/proc/{pid}/task/{tid}/status")
     ids = text[text.index(b"\nUid:") : text.index(b"\nFDSize:")]
     ids += text[text.index(b"\nGroups:") : text.index(b"\nNStgid:")]
     capabilities, seccomp, rest = text[text.index(b"\nCapInh:") :].partition(b"\nSeccomp:")
@@ -164,7 +181,7 @@ class Stat(msgspec.Struct, frozen=True):
 
 def stat(pid: int, tid: int | None = None) -> Stat:
     path = f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat"
-    text = read(path).decode("utf-8", "replace")
+    text = read_record(path).decode("utf-8", "replace")
     comm = text[text.index("(") + 1 : text.rindex(")")]
     f = text[text.rindex(")") + 2 :].split()  # f[0] is field 3 of proc(5)
     number = [0, 0, 0] + [int(x) if x.lstrip("-").isdigit() else 0 for x in f]
@@ -239,8 +256,8 @@ def fds(pid: int) -> dict[int, str]:
 
 def fdinfo(pid: int, fd: int) -> list[tuple[str, str]]:
     """/proc/PID/fdinfo/FD as (name, text) pairs in order; names repeat (an epoll has one "tfd" per entry)."""
-    pairs = (line.partition(":") for line in read(f"/proc/{pid}/fdinfo/{fd}").decode().splitlines())
-    return [(name.strip(), value.strip()) for name, _, value in pairs]
+    pairs = (line.partition(":") for line in read_record(f"/proc/{pid}/fdinfo/{fd}").decode().split("\n"))
+    return [(name.strip(), value.strip()) for name, _, value in pairs if name]
 
 
 def limits(pid: int) -> list[tuple[int, int]]:
@@ -315,7 +332,7 @@ class InSyscall(NamedTuple):
 
 def in_syscall(pid: int, tid: int) -> InSyscall | None:
     """/proc/PID/task/TID/syscall; None if the thread runs."""
-    words = read(f"/proc/{pid}/task/{tid}/syscall").split()
+    words = read_record(f"/proc/{pid}/task/{tid}/syscall").split()
     if words == [b"running"]:
         return None
     number = int(words[0])

@@ -160,15 +160,17 @@ def get_siginfo(tid: int) -> bytes:
 def pending_signals(tid: int, shared: bool) -> list[bytes]:
     """The thread's or the process's queue of pending signals, oldest first, each a 128-byte `siginfo_t`."""
     found: list[bytes] = []
-    buffer = ctypes.create_string_buffer(SIGINFO_SIZE * 64)
+    room = 1  # most queues are empty
     while True:
+        buffer = ctypes.create_string_buffer(SIGINFO_SIZE * room)
         arguments = ctypes.create_string_buffer(
-            struct.pack("<QIi", len(found), PTRACE_PEEKSIGINFO_SHARED if shared else 0, 64), 16
+            struct.pack("<QIi", len(found), PTRACE_PEEKSIGINFO_SHARED if shared else 0, room), 16
         )
         count = _call(PTRACE_PEEKSIGINFO, tid, ctypes.addressof(arguments), ctypes.addressof(buffer))
         found += (buffer.raw[n * SIGINFO_SIZE : (n + 1) * SIGINFO_SIZE] for n in range(count))
-        if count < 64:
+        if count < room:
             return found
+        room = 64
 
 
 def get_rseq(tid: int) -> tuple[int, int, int]:

@@ -99,7 +99,7 @@ def specials(lines: Sequence[MapsLine]) -> list[Special]:
     return [Special(m.name, m.start, m.end) for m in lines if m.name in _SPECIALS]
 
 
-def _ordinary(lines: Sequence[MapsLine], ours: tuple[int, int]) -> list[MapsLine]:
+def ordinary(lines: Sequence[MapsLine], ours: tuple[int, int]) -> list[MapsLine]:
     """Without vDSO, vsyscall and our own scratch, which the kernel may have merged with a neighbour."""
     found: list[MapsLine] = []
     for line in lines:
@@ -119,7 +119,7 @@ def layout(
     lines: Sequence[MapsLine], files: FileTable, known: dict[int, MapsLine], scratch: tuple[int, int] = (0, 0)
 ) -> list[Mapping]:
     """The layout of the lines; flags from the line itself, else from `known` (by start address)."""
-    return [_mapping(line, files, _flags(line, known)) for line in _ordinary(lines, scratch)]
+    return [_mapping(line, files, _flags(line, known)) for line in ordinary(lines, scratch)]
 
 
 def _flags(line: MapsLine, known: dict[int, MapsLine]) -> frozenset[str]:
@@ -143,7 +143,7 @@ def _mapping(line: MapsLine, files: FileTable, vmflags: frozenset[str]) -> Mappi
 
 def blockers(lines: Sequence[MapsLine], scratch: tuple[int, int] = (0, 0)) -> list[Blocker]:
     """Why mappings cannot be moved; the lines are smaps'."""
-    return [b for line in _ordinary(lines, scratch) for b in _line_blockers(line)]
+    return [b for line in ordinary(lines, scratch) for b in _line_blockers(line)]
 
 
 def _line_blockers(line: MapsLine) -> list[Blocker]:

@@ -25,7 +25,7 @@ _MADV_DONTNEED: Final = 4
 def ask_future(batch: Batch, scratch: int) -> Callable[[Outcome], int]:
     """The flags with which mlockall(2) makes it so again, 0 if new memory is not locked.
 
-    The last page is overwritten.
+    The scratch's last page is overwritten. Mapping it waits for whoever walks the process's page tables.
     """
     page = scratch + SCRATCH_SIZE - PAGE
     there = batch.space(16)

@@ -11,6 +11,7 @@ import msgspec
 
 from agent.api import Blocker
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
+from agent.kernel.tcp_repair import borrow
 from agent.resources import tcp
 from agent.resources.tcp import options
 from agent.tracee import Tracee
@@ -30,6 +31,18 @@ def recognise(file: OpenFile) -> bool:
     family, kind, protocol = file.socket
     inet = family in (socket.AF_INET, socket.AF_INET6) and kind == socket.SOCK_STREAM
     return inet and protocol in (socket.IPPROTO_TCP, IPPROTO_MPTCP)
+
+
+def is_connection(file: OpenFile, process: SourceProcess) -> bool:
+    """Not a listener, and not one that is only bound."""
+    if not recognise(file):
+        return False
+    with borrow(process.duplicate(file.fd)) as sock:
+        try:
+            sock.getpeername()
+        except OSError:
+            return False
+    return True
 
 
 def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:

@@ -67,11 +67,11 @@ class Asleep(msgspec.Struct, frozen=True):
 def observe(tid: int | str) -> Asleep | None:
     """Read before the task is stopped; None where the kernel does not tell (CONFIG_SCHED_DEBUG)."""
     try:
-        text = procfs.read(f"/proc/{tid}/sched")
+        text = procfs.read_record(f"/proc/{tid}/sched")
         since, switches = _SINCE.search(text), _SWITCHES.search(text)
         if since is None or switches is None:
             return None
-        cpu = procfs.read(f"/proc/{tid}/stat").rpartition(b")")[2].split()[_PROCESSOR]
+        cpu = procfs.read_record(f"/proc/{tid}/stat").rpartition(b")")[2].split()[_PROCESSOR]
         return Asleep(float(since[1]), int(switches[1]), int(cpu))
     except ProcessLookupError:
         return None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from agent import protocol
 from agent.api import Blocker, Notice, Phase
+from agent.descriptors import Descriptor
 from agent.layout import Mapping
 from agent.protocol import Link, Message, Pages, PeerFailed
 from agent.resources.files import FileRef
@@ -69,7 +70,8 @@ MESSAGES: list[Message] = [
     protocol.Commit([(0, bytes(128)), (7, b"\n" * 128)]),
     protocol.Live(phases=(), address_moved=("10.0.0.1",)),
     protocol.Late([b"\x45", b""], [(0, bytes(128))], last=False),
-    protocol.Complete(),
+    protocol.Descriptors([Descriptor("pipe", ((3, True), (4, False)), 2, msgspec.Raw(b"\x80"))], last=False),
+    protocol.Complete(0x55550000, 2),
     protocol.Done(notices=()),
     protocol.Failed("kind", "message"),
 ]

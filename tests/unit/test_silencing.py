@@ -139,12 +139,11 @@ def captured(case: Case) -> list[Descriptor]:
 @contextlib.contextmanager
 def rebuilt(context: Rebuilding, made: list[Descriptor]) -> Iterator[Shadow]:
     """A shadow with these descriptors in place."""
-    order = sorted(range(len(made)), key=lambda i: not kinds.is_listener(made[i]))
     with shadow() as target:
-        ours = {i: kinds.rebuild(made[i], context) for i in order}
-        target.place(target.receive([ours[i] for i in range(len(made))]), [d.numbers for d in made])
+        ours = [kinds.rebuild(one, context) for one in made]
+        target.place(target.receive(ours), [d.numbers for d in made])
         context.close()
-        for fd in ours.values():
+        for fd in ours:
             os.close(fd)
         ptrace.set_sigmask(target.pid, ((1 << 64) - 1) & ~(1 << 4))  # as in the finish
         yield target

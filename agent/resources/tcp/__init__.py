@@ -18,7 +18,7 @@ SO_INCOMING_CPU, the SYN kept by TCP_SAVE_SYN, BPF that chooses within an SO_REU
 
 from agent.resources.tcp.blockers import blockers, can_connect, can_listen, signed_blockers
 from agent.resources.tcp.destination import activate, discard, rebuild
-from agent.resources.tcp.source import capture, held, lock, outline, pending_accepts, release
+from agent.resources.tcp.source import capture, held, lock, outline, pending_accepts, release, unsettled
 from agent.resources.tcp.state import (
     Queues,
     SocketAddress,
@@ -50,4 +50,5 @@ __all__ = [
     "rebuild",
     "release",
     "signed_blockers",
+    "unsettled",
 ]

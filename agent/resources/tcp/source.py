@@ -73,6 +73,15 @@ def held(fd: int) -> bool:
         return held_filter(sock) is not None
 
 
+def unsettled(fd: int, diag: SockDiag) -> bool:
+    """Whether it is a connection that has ended, or a listener that has `pending_accepts`."""
+    with borrow(fd) as sock:
+        info = tcp_repair.tcp_info(sock)
+    if info.state == TcpState.CLOSE:
+        return bool(info.segs_out or info.segs_in)
+    return info.state == TcpState.LISTEN and pending_accepts(fd, diag) > 0
+
+
 def pending_accepts(fd: int, diag: SockDiag) -> int:
     """Of a listener: connections not accepted yet and handshakes not finished. They cannot be moved: retry.
 

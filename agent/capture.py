@@ -53,18 +53,18 @@ class Frozen:
         self.there = {
             tid: waits.identified(registers, tracee.memory) for tid, (registers, _) in known.items()
         }
-        waiting = {tid: known[tid][1] for tid in tids if waits.interrupted(self.there[tid])}
-        clocks = waits.clocks({before.cpu for before in waiting.values() if before is not None})
-        self.remaining = {
-            tid: waits.remaining_ns(
-                self.there[tid],
-                tracee.memory,
-                before,
-                waits.observe(tid),
-                clocks.get(before.cpu) if before else None,
-            )
-            for tid, before in waiting.items()
-        }
+        self._memory = tracee.memory
+        self._waiting = {tid: known[tid][1] for tid in tids if waits.interrupted(self.there[tid])}
+        self._clocks = waits.clocks({before.cpu for before in self._waiting.values() if before is not None})
+
+    def remaining_ns(self, tid: int) -> int | None:
+        """What is left of a thread's wait, None if it was in none. Before anything is injected into it."""
+        if tid not in self._waiting:
+            return None
+        registers, before = self.there[tid], self._waiting[tid]
+        after = waits.observe(tid, cpu=False) if waits.remainder_at(registers) is None else None
+        now = self._clocks.get(before.cpu) if before is not None else None
+        return waits.remaining_ns(registers, self._memory, before, after, now)
 
     def _settle(self, memory: RemoteMemory) -> dict[int, arch.Registers]:
         sections = threads.rseq_sections(self.stopped, memory)
@@ -97,6 +97,7 @@ def capture_threads(tracee: Tracee, frozen: Frozen) -> Iterator[ThreadState]:
 
     def make(tid: int, batch: Batch) -> Job:
         state, answers[tid] = threads.ask(batch, tid, frozen.registers[tid], frozen.stopped[tid])
+        state.remaining_ns = frozen.remaining_ns(tid)
         return Job(tid, batch, frozen.registers[tid], state.xstate, state.sigmask)
 
     for tid, outcome in run_all(tracee, frozen.order[1:], make):
@@ -106,7 +107,6 @@ def capture_threads(tracee: Tracee, frozen: Frozen) -> Iterator[ThreadState]:
 def _finish(state: ThreadState, frozen: Frozen, tid: int) -> ThreadState:
     state.tid = frozen.numbers[tid]
     state.registers = frozen.there[tid]
-    state.remaining_ns = frozen.remaining.get(tid)
     return state
 
 
@@ -124,7 +124,8 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
     subreaper_at = batch.space(8)
     batch.call("PR_GET_CHILD_SUBREAPER", arch.NR_prctl, identity.PR_GET_CHILD_SUBREAPER, subreaper_at)
     thp = batch.call("PR_GET_THP_DISABLE", arch.NR_prctl, identity.PR_GET_THP_DISABLE, optional=True)
-    _, thread = threads.ask(batch, pid, frozen.registers[pid], frozen.stopped[pid])
+    first, thread = threads.ask(batch, pid, frozen.registers[pid], frozen.stopped[pid])
+    first.remaining_ns = frozen.remaining_ns(pid)
     outcome = tracee.run(pid, batch, frozen.registers[pid])
     seconds, nanoseconds = struct.unpack("<qq", outcome.read(clock, 16))
     status = procfs.status(pid)

@@ -29,8 +29,6 @@ from agent.together import Job, run_all
 from agent.tracee import ALL_SIGNALS, Batch
 from transport.frames import ProtocolError
 
-# int3 must reach its tracer: a blocked SIGTRAP would reset its disposition (force_sig_info)
-_BLOCKED: Final = ALL_SIGNALS & ~(1 << 4)
 NR_chdir: Final = 80
 NR_prctl: Final = arch.NR_prctl
 
@@ -55,7 +53,10 @@ class Finish:
         self._delta = delta
         self._phases = phases
         self._credentials = identity.credentials(shadow.pid)
+        # what all threads of a shadow have in common, made as they were by its first one
+        self._registers = ptrace.get_registers(shadow.pid)
         self._xstate = ptrace.get_xstate(shadow.pid)
+        self._scheduling = threads.scheduling(shadow.pid)
         self._executable = -1  # where the shadow has it open
         self._descriptors: list[Descriptor] = []
         self._ours: list[int] = []  # the same, rebuilt
@@ -68,7 +69,6 @@ class Finish:
     def begin(self) -> None:
         """Empty threads."""
         self._context.elapsed_ns = max(0, time.monotonic_ns() + self._delta - self._state.captured_at)
-        ptrace.set_sigmask(self._shadow.pid, _BLOCKED)
         self._shadow.make_threads(self._state.tids)
         self._phases.mark("make threads")
 
@@ -132,18 +132,17 @@ class Finish:
             thread.xstate = fitted(thread.xstate, self._xstate)
 
         def make(tid: int, batch: Batch) -> Job:
-            ptrace.set_sigmask(tid, _BLOCKED)
             self._fill(batch, by_tid[tid])
-            return Job(tid, batch, ptrace.get_registers(tid))
+            return Job(tid, batch, self._registers)
 
         for _ in run_all(shadow, list(by_tid), make):
             pass
         for tid, thread in by_tid.items():
-            said = threads.restore_scheduling(tid, thread.scheduling)
+            said = threads.restore_scheduling(tid, thread.scheduling, self._scheduling)
             if said:
                 self.notices.append(Notice(kind="affinity", message=said))
-            if waits.interrupted(thread.registers):
-                thread.registers = _wait_again(shadow, tid, thread)
+        _wait_again(shadow, by_tid, self._registers)
+        for thread in some:
             if thread is not self._leader:
                 _set_registers(shadow, thread)
 
@@ -223,23 +222,27 @@ def _oom_score(shadow: Shadow, state: ProcessState) -> list[Notice]:
     return []
 
 
-def _wait_again(shadow: Shadow, tid: int, thread: ThreadState) -> Registers:
-    """Give a thread the restart block of its interrupted wait; the registers with which it goes on.
+def _wait_again(shadow: Shadow, some: dict[int, ThreadState], registers: Registers) -> None:
+    """Give threads the restart blocks of their interrupted waits, and the registers to go on with.
 
     A wait for an absolute time needs none: it is run again.
     """
-    captured = thread.registers
-    if thread.remaining_ns is None:
-        return arch.rerun(captured)
     batch = shadow.batch()
-    place = batch.put(waits.timespec(thread.remaining_ns))
-    number, *arguments = waits.call_with(captured, thread.remaining_ns, place)
-    result = shadow.interrupted_call(tid, batch, number, arguments)
-    if result == -arch.ERESTART_RESTARTBLOCK:
-        return captured
-    finished = arch.outside_syscall(captured)
-    finished.rax = result & ALL_SIGNALS
-    return finished
+    again: list[tuple[int, tuple[int, ...]]] = []
+    for tid, thread in some.items():
+        captured = thread.registers
+        if not waits.interrupted(captured):
+            continue
+        if thread.remaining_ns is None:
+            thread.registers = arch.rerun(captured)
+            continue
+        place = batch.put(waits.timespec(thread.remaining_ns))
+        again.append((tid, waits.call_with(captured, thread.remaining_ns, place)))
+    for (tid, _), result in zip(again, shadow.interrupted_calls(batch, again, registers), strict=True):
+        if result != -arch.ERESTART_RESTARTBLOCK:
+            finished = arch.outside_syscall(some[tid].registers)
+            finished.rax = result & ALL_SIGNALS
+            some[tid].registers = finished
 
 
 def _set_registers(shadow: Shadow, thread: ThreadState) -> None:

@@ -25,12 +25,12 @@ from agent.api import Notice
 from agent.descriptors import Refusal
 from agent.kernel import clone, procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
-from agent.kernel.arch.x86_64 import PAGE
+from agent.kernel.arch.x86_64 import PAGE, Registers
 from agent.kernel.memory import IOV_MAX, MemoryFault, RemoteMemory, address_of
 from agent.layout import Flag, Mapping
 from agent.pageset import PageSet
 from agent.resources import signals
-from agent.tracee import CODE, SCRATCH_SIZE, Batch, Outcome, Tracee, wait_event_stop
+from agent.tracee import ALL_SIGNALS, CODE, SCRATCH_SIZE, Batch, Outcome, Tracee, wait_event_stop
 
 MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02
@@ -55,6 +55,8 @@ ADVICE: Final = {
     Flag.RANDOM: (1, 0),
 }
 _SCM_MAX: Final = 250
+# int3 must reach its tracer: a blocked SIGTRAP would reset its disposition (force_sig_info)
+_BLOCKED: Final = ALL_SIGNALS & ~(1 << 4)
 _LOW: Final = 0x1_0000  # below where programs are: little is ever mapped there
 
 Range = tuple[int, int]
@@ -312,6 +314,7 @@ class Shadow(Tracee):
 
     def make_threads(self, wanted: Sequence[int]) -> None:
         """Threads under their numbers, with nothing to do yet; those not wanted any more are ended."""
+        ptrace.set_sigmask(self.pid, _BLOCKED)  # which they inherit
         for tid in set(self.threads) - set(wanted):
             self._end_thread(tid)
         missing = [tid for tid in wanted if tid not in self.threads]
@@ -344,20 +347,28 @@ class Shadow(Tracee):
 
     # --- the end of construction ---
 
-    def interrupted_call(self, tid: int, batch: Batch, number: int, arguments: Sequence[int]) -> int:
-        """Let a thread make a call that would wait, an interruption pending from its entry on; the result."""
+    def interrupted_calls(
+        self, batch: Batch, calls: Sequence[tuple[int, tuple[int, ...]]], registers: Registers
+    ) -> list[int]:
+        """Let threads make calls that would wait, interrupted from their entry on; the results.
+
+        `calls`: the thread, and number and arguments of its call; `batch` has the data that they point to.
+        All other `registers` are any; the threads' own are lost.
+        """
         self.load_data(batch)
         at = self.code + arch.find_syscall_offset(self.runner_code())
-        registers = ptrace.get_registers(tid)
-        ptrace.set_registers(tid, arch.syscall_registers(registers, at, number, tuple(arguments)))
-        ptrace.to_syscall(tid)
-        ptrace.wait(tid)
-        ptrace.interrupt(tid)
-        ptrace.cont(tid)
-        wait_event_stop(tid, time.monotonic() + 5)
-        result = ptrace.get_registers(tid).result
-        ptrace.set_registers(tid, registers)
-        return result
+        for tid, (number, *arguments) in calls:
+            ptrace.set_registers(tid, arch.syscall_registers(registers, at, number, tuple(arguments)))
+            ptrace.to_syscall(tid)
+        for tid, _ in calls:
+            ptrace.wait(tid)
+            ptrace.interrupt(tid)
+            ptrace.cont(tid)
+        results = []
+        for tid, _ in calls:
+            wait_event_stop(tid, time.monotonic() + 5)
+            results.append(ptrace.get_registers(tid).result)
+        return results
 
     def leave_scratch(self) -> None:
         """Close the channel and unmap the scratch: from here on the process has nothing of ours."""

@@ -98,7 +98,7 @@ def ask(
         xstate=ptrace.get_xstate(tid),
         sigmask=stopped.sigmask,
         comm="",
-        scheduling=Scheduling(sched.get_attributes(tid), tuple(sorted(os.sched_getaffinity(tid)))),
+        scheduling=scheduling(tid),
         pending=stopped.pending,
         robust_list=sched.robust_list(tid),
         rseq=stopped.rseq,
@@ -136,16 +136,18 @@ def restore_rseq(batch: Batch, state: ThreadState) -> None:
         batch.call("rseq", arch.NR_rseq, address, size, 0, signature)
 
 
-def restore_scheduling(tid: int, scheduling: Scheduling) -> str | None:
-    """From outside. Returns what could not be kept, in words; None if all was."""
-    attributes = scheduling.attributes
-    if attributes != sched.get_attributes(tid):
-        sched.set_attributes(tid, attributes)
-    ours = os.sched_getaffinity(tid)
-    wanted = set(scheduling.affinity)
-    if wanted == ours or wanted >= ours:
+def scheduling(tid: int) -> Scheduling:
+    return Scheduling(sched.get_attributes(tid), tuple(sorted(os.sched_getaffinity(tid))))
+
+
+def restore_scheduling(tid: int, wanted: Scheduling, ours: Scheduling) -> str | None:
+    """From outside; `ours` is what it has. Returns what could not be kept, in words; None if all was."""
+    if wanted.attributes != ours.attributes:
+        sched.set_attributes(tid, wanted.attributes)
+    cpus, here = set(wanted.affinity), set(ours.affinity)
+    if cpus >= here:
         return None
-    if not wanted & ours:
-        return f"task {tid}: none of its CPUs {sorted(wanted)} exists here; it may use all"
-    os.sched_setaffinity(tid, wanted & ours)
-    return f"task {tid}: of its CPUs {sorted(wanted)} only {sorted(wanted & ours)} exist here"
+    if not cpus & here:
+        return f"task {tid}: none of its CPUs {sorted(cpus)} exists here; it may use all"
+    os.sched_setaffinity(tid, cpus & here)
+    return f"task {tid}: of its CPUs {sorted(cpus)} only {sorted(cpus & here)} exist here"

@@ -52,7 +52,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
         options = ("--dir", str(directory), "--max-gap", MAX_GAP, "--seconds", "3")
         return run("selfcheck", directory, *options, "--break-after", "1", kind)
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         yield {kind: pool.submit(run_damaged, kind) for kind in KINDS}
 
 

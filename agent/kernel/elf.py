@@ -24,7 +24,7 @@ def build_id(fd: int) -> str:
         return ""
     for kind, _, offset, _, _, size, _, alignment in _segments(fd, _HEADER.unpack(head)):
         if kind == PT_NOTE:
-            notes = os.pread(fd, min(size, _MAX_NOTES), offset)
+            notes = _read(fd, min(size, _MAX_NOTES), offset)
             for name, number, content in _notes(notes, 8 if alignment == 8 else 4):
                 if name == b"GNU\0" and number == _BUILD_ID_NOTE:
                     return content.hex()
@@ -35,8 +35,13 @@ def _segments(fd: int, header: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     offset, size, count = header[5], header[9], header[10]
     if size != _SEGMENT.size or count > _MAX_SEGMENTS:
         return
-    table = os.pread(fd, size * count, offset)
+    table = _read(fd, size * count, offset)
     yield from _SEGMENT.iter_unpack(table[: len(table) // size * size])
+
+
+def _read(fd: int, size: int, offset: int) -> bytes:
+    """What is there: an offset that is damaged may not even be one (pread(2))."""
+    return os.pread(fd, size, offset) if offset < os.fstat(fd).st_size else b""
 
 
 def _notes(data: bytes, alignment: int) -> Iterator[tuple[bytes, int, bytes]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from pathlib import Path
 
@@ -113,6 +114,18 @@ def test_build_ids_are_what_pyelftools_says(tmp_path: Path) -> None:
     assert len(found) > 5 and any(files.build_id(path) for path in found)
     for path in found:
         assert files.build_id(path) == by_pyelftools(path), path
+
+
+@pytest.mark.parametrize("place", [32, 64 + 8])
+def test_offsets_beyond_everything(place: int, tmp_path: Path) -> None:
+    """e_phoff; p_offset of the first segment, made one of notes."""
+    content = bytearray(Path(compiled("int main(void) { return 3; }", "-Wl,--build-id")).read_bytes())
+    content[64:68] = struct.pack("<I", elf.PT_NOTE)
+    content[place : place + 8] = struct.pack("<Q", 1 << 63)
+    path = tmp_path / "damaged"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        assert isinstance(elf.build_id(file.fileno()), str)
 
 
 @given(st.data())

@@ -41,6 +41,7 @@ from agent.visit import Caller, visit
 from transport.codec import Encoder
 
 _MADV_DONTNEED: Final = 4
+_READ_AHEAD_SECONDS: Final = 0.005
 _UFFD_FLAGS: Final = os.O_CLOEXEC | userfaultfd.UFFD_USER_MODE_ONLY
 
 
@@ -83,6 +84,9 @@ class Rounds:
         self.guards: list[Range] = []
         self._present: list[Range] = []
         self._background = ThreadPoolExecutor(2)
+        self._reading: Future[bytes] | None = None
+        self._flag_lines: list[bytes] = []
+        self._locked = b""
         self._look: Future[Pending] | None = None
         self._executed = False
         self._flags: Future[bytes] | None = None
@@ -195,13 +199,32 @@ class Rounds:
         return pending
 
     def _look_at_mappings(self) -> None:
-        """Follow the mappings; their flags are read again, a page table walk, only if one of them changed."""
-        lines = self._mapped()
-        if lines != self._lines:
-            self._lines = lines
-            lines = procfs.smaps(self.pid)
+        """Follow the mappings, and their flags (see `_read_ahead`)."""
+        if self._mapped() != self._lines or self._flags_changed():
+            self._locked = procfs.locked(self.pid)
+            text = procfs.read_smaps(self.pid)
+            lines = procfs.parse_smaps(text)
             self.tracker.watch(lines)
             self._set_layout(lines)
+            self._flag_lines = procfs.flag_lines(text)
+
+    def _read_ahead(self) -> None:
+        """Flags may change where mappings do not, and reading them is a walk of all page tables.
+
+        So it is done beside a round. A process of many GiB does not wait for it: then it is a later round's.
+        """
+        if self._reading is None:
+            self._reading = self._background.submit(procfs.read_smaps, self.pid)
+
+    def _flags_changed(self) -> bool:
+        if self._reading is None:
+            return False
+        try:
+            text = self._reading.result(_READ_AHEAD_SECONDS)
+        except TimeoutError:
+            return False
+        self._reading = None
+        return procfs.flag_lines(text) != self._flag_lines
 
     def _mapped(self) -> list[MapsLine]:
         """The process's own mappings, without the scratch, of which a batch may map a page anew."""
@@ -212,6 +235,9 @@ class Rounds:
         for blocker in mappings.blockers(lines, self.scratch):
             raise Unmovable(blocker.kind, f"{blocker.what}: {blocker.why}")
         self._known = {line.start: line for line in lines}
+        # of the same reading as the layout: between two, mappings may change, and change back later
+        bare = [msgspec.structs.replace(line, vmflags=frozenset()) for line in lines]
+        self._lines = mappings.ordinary(bare, self.scratch)
         self._describe_layout(lines)
 
     def _describe_layout(self, lines: list[MapsLine]) -> None:
@@ -227,6 +253,7 @@ class Rounds:
         """One round: layout, discards, pages; done when the destination says so."""
         began, bytes_before = time.monotonic(), self.link.bytes_sent
         sending_before = self.link.sending_s
+        self._read_ahead()
         sent, discarded = self.send_memory(pending, False, paced)
         sent_at, sending = time.monotonic(), self.link.sending_s - sending_before
         self.link.send(protocol.RoundEnd(number))
@@ -320,7 +347,7 @@ class Rounds:
 
     def _last(self) -> Pending:
         lines = self._mapped()
-        if lines != self._lines:
+        if lines != self._lines or procfs.locked(self.pid) != self._locked:
             self._lines = lines
             self._flags = self._background.submit(procfs.read_smaps, self.pid)
             self._describe_layout(lines)

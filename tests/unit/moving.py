@@ -51,6 +51,10 @@ class Moving:
         """What it has said so far, whole lines."""
         return self.output.read_text(errors="surrogateescape").split("\n")[:-1]
 
+    def until(self, condition: Callable[[], bool]) -> None:
+        wait_for(lambda: condition() or ended(self.pid), "the program")
+        assert condition(), self.lines()[-5:]
+
     def progress(self) -> None:
         """It goes on."""
         start = len(self.lines())

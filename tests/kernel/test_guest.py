@@ -46,10 +46,10 @@ def test_with_soft_dirty() -> None:
     tests = " ".join(f'"{name}"' for name in (LONG if FULL else SHORT))
     script = f"{sys.executable} -c '{what}' && {sys.executable} -m pytest -p no:cacheprovider -q {tests}"
     result = guest.run(["env", *SETTINGS, "sh", "-c", script], str(ROOT), 5400 if FULL else 800)
+    assert result.status == 0, result.output
     release, mechanism = result.output.split("\n")[0].split()
     assert release.startswith("6.1.")
     assert mechanism == "soft-dirty"
-    assert result.status == 0, result.output
 
 
 def test_the_status_and_the_output_of_a_command() -> None:

@@ -125,5 +125,7 @@ class Pagemap:
             argument.start = start
             count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument)
             words = self._vector[: 3 * count]
-            start = argument.walk_end
+            # the kernel walks on after its own buffer of 512 ranges was full, but may say that it has not
+            # (walk_end is only set at ENOSPC, do_pagemap_scan)
+            start = max(argument.walk_end, words[-2] if words else 0)
             yield from zip(words[::3], words[1::3], words[2::3], strict=True)

@@ -83,7 +83,7 @@ class Rounds:
         self._scanned_at = 0.0
         self.guards: list[Range] = []
         self._present: list[Range] = []
-        self._background = ThreadPoolExecutor(2)
+        self._background = ThreadPoolExecutor(3)
         self._reading: Future[bytes] | None = None
         self._flag_lines: list[bytes] = []
         self._locked = b""

@@ -22,8 +22,8 @@ def pipe() -> Iterator[tuple[int, EventPipe]]:
     os.close(reading)
 
 
-def drain(fd: int) -> list[Event]:
-    """All whole lines that are in the pipe now."""
+def drain_raw(fd: int) -> bytes:
+    """All that is in the pipe now."""
     os.set_blocking(fd, False)
     data = b""
     try:
@@ -31,6 +31,12 @@ def drain(fd: int) -> list[Event]:
             data += chunk
     except BlockingIOError:
         pass
+    return data
+
+
+def drain(fd: int) -> list[Event]:
+    """The same, whole lines."""
+    data = drain_raw(fd)
     assert data.endswith(b"\n") or not data
     return [msgspec.json.decode(line, type=Event) for line in data.splitlines()]
 
@@ -72,17 +78,6 @@ def test_a_full_pipe_keeps_everything_else(pipe: tuple[int, EventPipe]) -> None:
     lines = [msgspec.json.decode(line, type=Event) for line in (first + rest).splitlines()]
     assert [event for event in lines if isinstance(event, StateChanged)] == states
     assert lines[-1] == states[-1]
-
-
-def drain_raw(fd: int) -> bytes:
-    os.set_blocking(fd, False)
-    data = b""
-    try:
-        while chunk := os.read(fd, 1 << 20):
-            data += chunk
-    except BlockingIOError:
-        pass
-    return data
 
 
 def test_a_line_longer_than_the_pipe_survives(pipe: tuple[int, EventPipe]) -> None:

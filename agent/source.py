@@ -54,12 +54,15 @@ from transport.frames import LinkClosed, ProtocolError
 
 Emit = Callable[[Event], None]
 
+_SHOWN = 5  # of what stands in the way, in one line; the report has all
 FIXED_COST_MS = 15.0  # of a freeze before this migration has measured anything
 
 
 class Refused(Exception):
     def __init__(self, blockers: list[ApiBlocker]) -> None:
-        super().__init__("; ".join(f"{b.what}: {b.why}" for b in blockers))
+        shown = [f"{b.what}: {b.why}" for b in blockers[:_SHOWN]]
+        rest = [f"and {len(blockers) - _SHOWN} more"] if len(blockers) > _SHOWN else []
+        super().__init__("; ".join([*shown, *rest]))
         self.blockers = blockers
 
 

@@ -37,6 +37,8 @@ _HEADLINE: Final = {
     Outcome.IN_DOUBT: ("in doubt: look at both hosts before anything else", "bold red"),
 }
 
+_SHOWN: Final = 3  # of things that stand in the way for the same reason
+
 
 def console(file: IO[str] | None = None) -> Console:
     """Standard output, as wide as it is; wide enough for tables where it is no terminal."""
@@ -213,11 +215,17 @@ def _blockers(blockers: Sequence[Blocker]) -> list[RenderableType]:
     if not blockers:
         return []
     parts: list[RenderableType] = [Text(f"\nwhat stands in the way ({len(blockers)}):", style="bold")]
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for blocker in blockers:
-        parts.append(Text.assemble("  ", (clean(blocker.what), "bold"), f"  [{clean(blocker.kind)}]"))
-        parts.append(Padding(Text(clean(blocker.why)), (0, 0, 0, 6)))
-        if blocker.hint:
-            parts.append(Padding(Text(clean(f"-> {blocker.hint}"), style="dim"), (0, 0, 0, 6)))
+        alike.setdefault((blocker.kind, blocker.why, blocker.hint), []).append(blocker.what)
+    for (kind, why, hint), things in alike.items():
+        for what in things[:_SHOWN]:
+            parts.append(Text.assemble("  ", (clean(what), "bold"), f"  [{clean(kind)}]"))
+        if len(things) > _SHOWN:
+            parts.append(Text(f"  and {len(things) - _SHOWN} more"))
+        parts.append(Padding(Text(clean(why)), (0, 0, 0, 6)))
+        if hint:
+            parts.append(Padding(Text(clean(f"-> {hint}"), style="dim"), (0, 0, 0, 6)))
     return parts
 
 

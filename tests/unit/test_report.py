@@ -131,6 +131,26 @@ def test_every_blocker_is_named_with_reason_and_advice() -> None:
     assert "can be moved" in free and "stands in the way" not in free
 
 
+def test_what_stands_in_the_way_for_one_reason_is_said_once() -> None:
+    alike = [Blocker(kind="inotify", what=f"fd {n}", why="an inotify instance", hint="") for n in range(8)]
+    other = Blocker(kind="stopped", what="pid 7", why="it is stopped", hint="continue it")
+    blockers = (*alike[:4], other, *alike[4:])
+    text = rendered(
+        report.of_move(
+            Report(
+                outcome=Outcome.REFUSED,
+                source=Endpoint(host="a"),
+                destination=Endpoint(host="b"),
+                blockers=blockers,
+            )
+        )
+    )
+    assert "what stands in the way (9):" in text
+    assert text.count("an inotify instance") == 1 and "and 5 more" in text
+    assert "fd 2 " in text and "fd 3 " not in text and "pid 7" in text
+
+
+
 def test_processes_are_listed_with_what_stops_them() -> None:
     free = ProcessInfo(
         pid=7,

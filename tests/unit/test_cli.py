@@ -43,7 +43,14 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setenv(SOCKET_VARIABLE, str(socket))
         monkeypatch.setenv(STATE_VARIABLE, made)
         yield Path(made)
-        until(lambda: not socket.with_name("agent.sock.lock").exists())
+        until(service_ended)
+
+
+def service_ended() -> bool:
+    return not Path(os.environ[SOCKET_VARIABLE] + ".lock").exists()
+
+
+_playing: list[str | None] = []  # the scenario of the last command
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -54,6 +61,10 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def run(*arguments: str, scenario: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A service plays one scenario: for another one, the last must have ended."""
+    if _playing != [scenario]:
+        until(service_ended)
+        _playing[:] = [scenario]
     return subprocess.run(
         command(*arguments, scenario=scenario),
         cwd=ROOT,

@@ -77,8 +77,15 @@ def test_a_long_round_shows_life_now_and_then(monkeypatch: pytest.MonkeyPatch) -
 
 
 def terminal(stream: io.StringIO) -> Console:
+    """One that can move its cursor, whatever the tests are run from."""
     return Console(
-        file=stream, force_terminal=True, width=160, color_system=None, markup=False, highlight=False
+        file=stream,
+        force_terminal=True,
+        width=160,
+        color_system=None,
+        markup=False,
+        highlight=False,
+        _environ={"TERM": "xterm"},
     )
 
 

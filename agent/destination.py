@@ -286,7 +286,7 @@ class Incoming:
 
     def _descriptors(self, message: protocol.Descriptors) -> None:
         self._phases.begin()
-        self._finishing.descriptors(message.descriptors, message.last)
+        self._finishing.descriptors(message)
 
     def _threads(self, message: protocol.Threads) -> None:
         self._phases.begin()

@@ -68,18 +68,20 @@ class Finish:
 
     def begin(self) -> None:
         """Empty threads."""
-        self._context.elapsed_ns = max(0, time.monotonic_ns() + self._delta - self._state.captured_at)
         self._shadow.make_threads(self._state.tids)
         self._phases.mark("make threads")
 
-    def descriptors(self, descriptors: list[Descriptor], last: bool) -> None:
+    def descriptors(self, message: protocol.Descriptors) -> None:
         """Open files; with the last, all get their numbers, and the settings that need them are made."""
-        self._descriptors += descriptors
-        self._ours += [kinds.rebuild(one, self._context) for one in descriptors]
-        if last:
+        if self._executable >= 0:
+            raise ProtocolError("descriptors after the last ones")
+        self._context.elapsed_ns = max(0, time.monotonic_ns() + self._delta - message.captured_at)
+        self._descriptors += message.descriptors
+        self._ours += [kinds.rebuild(one, self._context) for one in message.descriptors]
+        if message.last:
             self._executable = self._place(self._open_file(self._state.executable))
         self._phases.mark("descriptors")
-        if last:
+        if message.last:
             _settings(self._shadow, self._state, self._descriptors, self._leader.tid, self._delta)
             self._phases.mark("settings")
 
@@ -92,6 +94,7 @@ class Finish:
             for fd in self._ours:
                 if fd not in keep:
                     os.close(fd)
+            self._ours.clear()
         wanted = [d.numbers for d in self._descriptors]
         taken = {number for group in wanted for number, _ in group}
         place = max(taken, default=0) + 1

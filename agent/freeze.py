@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from agent import capture, inventory, kinds, protocol
@@ -27,6 +27,7 @@ from agent.resources import epoll, signals, threads, timers, waits
 from agent.resources.tcp_socket import is_connection
 from agent.resources.tcp_socket import recognise as is_tcp
 from agent.rounds import Pending, Rounds, unpaced
+from agent.state import ThreadState
 from agent.tracee import stop, wait_event_stop
 from agent.unmovable import NotStill, Unmovable
 from transport.frames import LinkClosed
@@ -70,6 +71,8 @@ class FrozenProcess:
         self.state: protocol.Rebuild | None = None
         # signals that the destination has, by thread; 0: the process's
         self._queued: dict[int, Counter[bytes]] = {}
+        self._states: Iterator[ThreadState] = iter(())  # of the threads, as they are captured
+        self._captured: list[ThreadState] = []  # and not yet sent
 
     # --- freeze ---
 
@@ -199,20 +202,29 @@ class FrozenProcess:
         if stale:
             raise ValueError(f"{stale[0]} watches a descriptor that was closed")
         files = sorted(self.files, key=lambda file: is_connection(file, self._process))
+        ahead = capture.namespace_offset(self.pid)[0]
         for first in range(0, len(files) or 1, _DESCRIPTORS_A_MESSAGE):
             some = files[first : first + _DESCRIPTORS_A_MESSAGE]
+            now = time.monotonic_ns() + ahead
             captured = [kinds.capture(file, self._process) for file in some]
             last = first + _DESCRIPTORS_A_MESSAGE >= len(files)
-            self._rounds.link.send(protocol.Descriptors(captured, last))
+            self._rounds.link.send(protocol.Descriptors(captured, now, last))
         self._mark("descriptors")
 
+    def capture_threads(self) -> None:
+        """The other threads, of which the first are captured now, while the last scan is made."""
+        assert self.facts is not None
+        self._states = capture.capture_threads(self._rounds.tracee, self.facts)
+        self._captured = list(itertools.islice(self._states, _THREADS_A_MESSAGE))
+        self._mark("threads")
+
     def send_threads(self) -> None:
-        """The other threads, some at a time: the destination rebuilds them meanwhile."""
-        assert self.facts is not None and self.state is not None
-        states = capture.capture_threads(self._rounds.tracee, self.facts)
-        while some := list(itertools.islice(states, _THREADS_A_MESSAGE)):
-            self._rounds.link.send(protocol.Threads(some))
-            self.state.process.threads += some
+        """Some at a time: the destination rebuilds them meanwhile. It needs all memory for that."""
+        assert self.state is not None
+        while self._captured:
+            self._rounds.link.send(protocol.Threads(self._captured))
+            self.state.process.threads += self._captured
+            self._captured = list(itertools.islice(self._states, _THREADS_A_MESSAGE))
         self._mark("threads")
 
     def complete(self) -> protocol.Complete:

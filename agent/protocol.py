@@ -14,8 +14,8 @@
                           (source frozen)
     Rebuild           ------------------->   the process
     Descriptors ...   ------------------->   as they are captured
-    Threads ...       ------------------->   as they are captured
-    Layout, Discard, pages ... ----------->   once more, while the destination rebuilds
+    Layout, Discard, pages ... ----------->   once more
+    Threads ...       ------------------->   as they are captured; they need all memory to be there
     Complete          ------------------->
                       <-------------------   Ready: rebuilt to the last register, still stopped
     Verify            ------------------->   optional; any number
@@ -149,6 +149,7 @@ class Descriptors(msgspec.Struct, frozen=True, tag="descriptors"):
     """Some open file descriptions, in the order to rebuild them: listeners before connections."""
 
     descriptors: list[Descriptor]
+    captured_at: int  # CLOCK_MONOTONIC of the process, nanoseconds: right before
     last: bool
 
 

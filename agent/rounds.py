@@ -41,7 +41,6 @@ from agent.visit import Caller, visit
 from transport.codec import Encoder
 
 _MADV_DONTNEED: Final = 4
-_READ_AHEAD_SECONDS: Final = 0.005
 _UFFD_FLAGS: Final = os.O_CLOEXEC | userfaultfd.UFFD_USER_MODE_ONLY
 
 
@@ -83,9 +82,7 @@ class Rounds:
         self._scanned_at = 0.0
         self.guards: list[Range] = []
         self._present: list[Range] = []
-        self._background = ThreadPoolExecutor(3)
-        self._reading: Future[bytes] | None = None
-        self._flag_lines: list[bytes] = []
+        self._background = ThreadPoolExecutor(2)
         self._locked = b""
         self._look: Future[Pending] | None = None
         self._executed = False
@@ -199,32 +196,19 @@ class Rounds:
         return pending
 
     def _look_at_mappings(self) -> None:
-        """Follow the mappings, and their flags (see `_read_ahead`)."""
-        if self._mapped() != self._lines or self._flags_changed():
-            self._locked = procfs.locked(self.pid)
-            text = procfs.read_smaps(self.pid)
-            lines = procfs.parse_smaps(text)
-            self.tracker.watch(lines)
-            self._set_layout(lines)
-            self._flag_lines = procfs.flag_lines(text)
+        """Follow the mappings: where one of them has changed, all are read."""
+        if self._mapped() != self._lines:
+            self.read_mappings()
 
-    def _read_ahead(self) -> None:
-        """Flags may change where mappings do not, and reading them is a walk of all page tables.
+    def read_mappings(self) -> None:
+        """Mappings and flags as they are now, by a walk of all page tables: 10 ms a GiB.
 
-        So it is done beside a round. A process of many GiB does not wait for it: then it is a later round's.
+        Also right before the freeze, where it is too long: flags may change where no line of maps does.
         """
-        if self._reading is None:
-            self._reading = self._background.submit(procfs.read_smaps, self.pid)
-
-    def _flags_changed(self) -> bool:
-        if self._reading is None:
-            return False
-        try:
-            text = self._reading.result(_READ_AHEAD_SECONDS)
-        except TimeoutError:
-            return False
-        self._reading = None
-        return procfs.flag_lines(text) != self._flag_lines
+        self._locked = procfs.locked(self.pid)
+        lines = procfs.smaps(self.pid)
+        self.tracker.watch(lines)
+        self._set_layout(lines)
 
     def _mapped(self) -> list[MapsLine]:
         """The process's own mappings, without the scratch, of which a batch may map a page anew."""
@@ -253,7 +237,6 @@ class Rounds:
         """One round: layout, discards, pages; done when the destination says so."""
         began, bytes_before = time.monotonic(), self.link.bytes_sent
         sending_before = self.link.sending_s
-        self._read_ahead()
         sent, discarded = self.send_memory(pending, False, paced)
         sent_at, sending = time.monotonic(), self.link.sending_s - sending_before
         self.link.send(protocol.RoundEnd(number))
@@ -330,13 +313,18 @@ class Rounds:
         Nothing may be mapped or unmapped in the process until `last` has it: that would wait for the walk.
         """
         self.forget_look()
+        self.files.hurried = True
         self._look = self._background.submit(self._last)
 
     def forget_look(self) -> None:
-        """It goes on, or nobody wants to know any more."""
+        """It goes on: what was seen of the frozen process, and is still being read, is old."""
         if self._look is not None:
             self._look.exception()
             self._look = None
+        if self._flags is not None:
+            self._flags = None
+            self._lines = []
+        self.files.hurried = False
 
     def last(self) -> Pending:
         """What is left to send of a frozen process: the scan, together with what a round still owed."""
@@ -348,9 +336,9 @@ class Rounds:
     def _last(self) -> Pending:
         lines = self._mapped()
         if lines != self._lines or procfs.locked(self.pid) != self._locked:
-            self._lines = lines
             self._flags = self._background.submit(procfs.read_smaps, self.pid)
             self._describe_layout(lines)
+            self._lines = lines
         found = self.tracker.scan(self._file_ranges(), self._excluded, protect=False)
         self._present = found.present
         self.guards = found.guards

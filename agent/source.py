@@ -365,6 +365,7 @@ class Migration:
                 )
             )
         self.rounds.pending = pending
+        self.rounds.read_mappings()
 
     def check_abort(self) -> None:
         """Between two chunks, and before the commit: has somebody given up?"""
@@ -390,8 +391,9 @@ class Migration:
         self.link.send(frozen.capture())
         frozen.phases.mark("send state")
         frozen.send_descriptors()
-        frozen.send_threads()
+        frozen.capture_threads()
         last = frozen.send_pages(len(self.rounds.history) + 1, self.dirty_rate)
+        frozen.send_threads()
         self.link.send(frozen.complete())
         frozen.check_settings()
         self._signals = frozen.late_signals(of_threads=True)

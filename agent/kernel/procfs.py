@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, TypeVar
 
@@ -21,7 +20,6 @@ PROT_READ: Final = 1
 PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
 _READ_SIZE: Final = 1 << 16  # the kernel gives a page at a time anyway
-_FLAG_LINE: Final = re.compile(rb"\nVmFlags: (.*)")
 _RECORD_SIZE: Final = 1 << 13
 
 
@@ -113,11 +111,6 @@ def smaps(pid: int) -> list[MapsLine]:
 
 def read_smaps(pid: int) -> bytes:
     return read(f"/proc/{pid}/smaps")
-
-
-def flag_lines(smaps: bytes) -> list[bytes]:
-    """The VmFlags of all mappings: to see quickly whether any has changed, but for soft-dirty."""
-    return [line.replace(b" sd", b"") for line in _FLAG_LINE.findall(smaps)]
 
 
 def locked(pid: int) -> bytes:

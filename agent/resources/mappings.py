@@ -59,6 +59,7 @@ class FileTable:
         self._pid = pid
         self.refs: list[FileRef] = []
         self._numbers: dict[tuple[str, tuple[int, int], int], int] = {}
+        self.hurried = False  # in the pause
 
     def number(self, line: MapsLine) -> int:
         key = (line.name, line.device, line.inode)
@@ -70,14 +71,14 @@ class FileTable:
         # it was mapped since they were looked at
         for blocker in path_blockers(line.name, procfs.printable(line.name)):
             raise Unmovable(blocker.kind, f"{blocker.what}: {blocker.why}")
-        hurried = procfs.stat(self._pid).state == "t"  # stopped by us: this is the pause
+        mapped = f"/proc/{self._pid}/map_files/{line.start:x}-{line.end:x}"
         try:
-            return describe(line.name, f"/proc/{self._pid}/map_files/{line.start:x}-{line.end:x}", hurried)
+            return describe(line.name, mapped, self.hurried)
         except FileNotFoundError:  # the running process has unmapped or cut it since: then by its name
             path = f"/proc/{self._pid}/root{line.name}"
             if os.stat(path).st_ino != line.inode:
                 raise
-            return describe(line.name, path, hurried)
+            return describe(line.name, path, self.hurried)
 
     def number_of_path(self, path: str, through: str) -> int:
         info = os.stat(through)

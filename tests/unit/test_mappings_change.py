@@ -11,7 +11,9 @@ import pytest
 from unit.moving import Move, Moving
 
 from agent.api import MoveOptions
+from agent.freeze import FrozenProcess
 from agent.kernel import procfs
+from agent.unmovable import NotStill
 
 # An area between two fences, so that it is a mapping of its own; each signal changes it in another way.
 FENCED = r"""
@@ -140,4 +142,31 @@ def test_a_mapping_that_shrinks_between_two_readings_and_is_whole_again(
     assert Move(fenced, options, whole_again, aborted=once(another_mapping)).migrated
     assert f"did {signal.SIGHUP}" in fenced.lines() and not shrinking
     assert fenced.mapping().end - fenced.area == 4 << 20
+    fenced.progress()
+
+
+def test_a_freeze_that_is_tried_again_looks_again(fenced: Fenced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first attempt has read of mappings that are new is no longer true."""
+    again, thaw = FrozenProcess._look_again, FrozenProcess.thaw
+    attempts: list[FrozenProcess] = []
+
+    def new_mapping(_: Move, state: str) -> None:
+        if state == "freezing":
+            fenced.do(signal.SIGALRM)
+
+    def not_still_once(frozen: FrozenProcess) -> None:
+        again(frozen)
+        attempts.append(frozen)
+        if len(attempts) == 1:
+            raise NotStill("tcp-connecting", "once")
+
+    def runs_on(frozen: FrozenProcess) -> None:
+        thaw(frozen)
+        fenced.do(signal.SIGUSR1)
+
+    monkeypatch.setattr(FrozenProcess, "_look_again", not_still_once)
+    monkeypatch.setattr(FrozenProcess, "thaw", runs_on)
+    assert Move(fenced, MoveOptions(verify=True), new_mapping).migrated
+    assert len(attempts) == 2
+    assert "dc" in fenced.mapping().vmflags
     fenced.progress()

@@ -70,7 +70,9 @@ MESSAGES: list[Message] = [
     protocol.Commit([(0, bytes(128)), (7, b"\n" * 128)]),
     protocol.Live(phases=(), address_moved=("10.0.0.1",)),
     protocol.Late([b"\x45", b""], [(0, bytes(128))], last=False),
-    protocol.Descriptors([Descriptor("pipe", ((3, True), (4, False)), 2, msgspec.Raw(b"\x80"))], last=False),
+    protocol.Descriptors(
+        [Descriptor("pipe", ((3, True), (4, False)), 2, msgspec.Raw(b"\x80"))], captured_at=7, last=False
+    ),
     protocol.Complete(0x55550000, 2),
     protocol.Done(notices=()),
     protocol.Failed("kind", "message"),

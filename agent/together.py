@@ -173,6 +173,8 @@ class _Wave:
             wait_event_stop(job.tid, deadline + PARK_SECONDS)
             self._tracee.check_parked(job.tid)
             ptrace.set_sigmask(job.tid, job.sigmask)
+            # from here it needs its slot no more, which the next wave or batch overwrites
+            ptrace.set_registers(job.tid, job.registers)
             self._tracee.adrift.discard(job.tid)
 
     def _await_flags(self, deadline: float) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
-from unit.moving import running
+import pytest
+from unit.moving import running, try_to_move
 
+from agent import capture
 from agent.api import Outcome
+from agent.freeze import FrozenProcess
+from agent.kernel.arch.x86_64 import PAGE
+from agent.tracee import PARK_SECONDS, SCRATCH_SIZE
 
 MOVES = 3
 
@@ -131,3 +138,36 @@ def test_threads_on_memory_that_came_last(tmp_path: Path) -> None:
             assert program.move().outcome is Outcome.MIGRATED
             program.next_lines(3)
             assert set(program.lines()) <= {"ready", "on"}
+
+
+@pytest.mark.parametrize("step", ["capture_last", "late_signals"])
+def test_the_engine_is_killed_when_all_threads_were_asked(tmp_path: Path, step: str) -> None:
+    """Each was asked in a slot that others, and what is asked last, have overwritten: they need it no more."""
+
+    def engine(pid: int) -> None:
+        for place in (capture, FrozenProcess):
+            if hasattr(place, step):
+                setattr(place, step, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        waves = FrozenProcess.capture_threads
+
+        def overwrite(frozen: FrozenProcess) -> None:
+            waves(frozen)
+            list(frozen._states)  # all of them
+            start = frozen._rounds.tracee.scratch + PAGE
+            frozen._rounds.memory.write(start, bytes(SCRATCH_SIZE - PAGE))
+
+        FrozenProcess.capture_threads = overwrite  # type: ignore[method-assign]
+        try_to_move(pid)
+
+    with running(tmp_path, WAITS) as program:
+        program.next_lines(3)
+        child = os.fork()
+        if child == 0:
+            try:
+                engine(program.pid)
+            finally:
+                os._exit(1)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        count = int(1.5 * PARK_SECONDS / 0.02)  # longer than one that waits for its tracer would
+        assert len(program.next_lines(count)) == count
+        assert set(program.lines()) <= {"ready", "on"}

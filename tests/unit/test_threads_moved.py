@@ -142,7 +142,7 @@ def test_threads_on_memory_that_came_last(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["capture_last", "late_signals"])
 def test_the_engine_is_killed_when_all_threads_were_asked(tmp_path: Path, step: str) -> None:
-    """Each was asked in a slot that others, and what is asked last, have overwritten: they need it no more."""
+    """Each was asked in a slot that others, and what is asked last, overwrite: it needs that no more."""
 
     def engine(pid: int) -> None:
         for place in (capture, FrozenProcess):
@@ -156,7 +156,7 @@ def test_the_engine_is_killed_when_all_threads_were_asked(tmp_path: Path, step: 
             start = frozen._rounds.tracee.scratch + PAGE
             frozen._rounds.memory.write(start, bytes(SCRATCH_SIZE - PAGE))
 
-        FrozenProcess.capture_threads = overwrite  # type: ignore[method-assign]
+        FrozenProcess.capture_threads = overwrite  # type: ignore[assignment, method-assign]
         try_to_move(pid)
 
     with running(tmp_path, WAITS) as program:

@@ -174,9 +174,9 @@ def test_up_that_is_interrupted_cleans_up_itself() -> None:
     """Interrupted with fewer and fewer processes there, until once it was not quicker than we."""
     for count in range(6, 0, -1):
         name = f"interrupted-{os.getpid()}-{count}"
-        process = subprocess.Popen(
-            [str(LAB), "up", "--name", name, "--hosts", "8"], stderr=subprocess.DEVNULL
-        )
+        # what a shell starts in the background ignores SIGINT, and hands that down
+        words = ["env", "--default-signal=INT", str(LAB), "up", "--name", name, "--hosts", "8"]
+        process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
         until(lambda name=name, count=count: len(members(name)) >= count, "some processes")  # type: ignore[misc]
         traces = Traces(name)
         process.send_signal(signal.SIGINT)

@@ -10,7 +10,9 @@ if [ "$(dpkg --print-architecture)" != amd64 ]; then
     exit 1
 fi
 if [ ! -e "$LIST" ]; then
-    echo 'deb http://deb.debian.org/debian bookworm-backports main' >"$LIST"
+    # from where the machine has its other packages
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Codename: bookworm' | sort -u | head -n 1)
+    echo "deb ${mirror:?the machine has no package source for bookworm} bookworm-backports main" >"$LIST"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -q
     apt-get install -q -y --no-install-recommends -t bookworm-backports linux-image-amd64

@@ -83,7 +83,6 @@ class Rounds:
         self.guards: list[Range] = []
         self._present: list[Range] = []
         self._background = ThreadPoolExecutor(2)
-        self._locked = b""
         self._look: Future[Pending] | None = None
         self._executed = False
         self._flags: Future[bytes] | None = None
@@ -198,17 +197,9 @@ class Rounds:
     def _look_at_mappings(self) -> None:
         """Follow the mappings: where one of them has changed, all are read."""
         if self._mapped() != self._lines:
-            self.read_mappings()
-
-    def read_mappings(self) -> None:
-        """Mappings and flags as they are now, by a walk of all page tables: 10 ms a GiB.
-
-        Also right before the freeze, where it is too long: flags may change where no line of maps does.
-        """
-        self._locked = procfs.locked(self.pid)
-        lines = procfs.smaps(self.pid)
-        self.tracker.watch(lines)
-        self._set_layout(lines)
+            lines = procfs.smaps(self.pid)
+            self.tracker.watch(lines)
+            self._set_layout(lines)
 
     def _mapped(self) -> list[MapsLine]:
         """The process's own mappings, without the scratch, of which a batch may map a page anew."""
@@ -335,10 +326,9 @@ class Rounds:
 
     def _last(self) -> Pending:
         lines = self._mapped()
-        if lines != self._lines or procfs.locked(self.pid) != self._locked:
-            self._flags = self._background.submit(procfs.read_smaps, self.pid)
-            self._describe_layout(lines)
-            self._lines = lines
+        self._flags = self._background.submit(procfs.read_smaps, self.pid)
+        self._describe_layout(lines)
+        self._lines = lines
         found = self.tracker.scan(self._file_ranges(), self._excluded, protect=False)
         self._present = found.present
         self.guards = found.guards
@@ -349,7 +339,7 @@ class Rounds:
         return result
 
     def settle_flags(self) -> int:
-        """After the pages: where mappings changed since the last round, their flags are only known by now.
+        """After the pages: flags, which may change where no line of maps does, are only known by now.
 
         What turns out to be another kind of mapping is made anew, and its pages are sent again; how many.
         """

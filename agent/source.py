@@ -365,7 +365,6 @@ class Migration:
                 )
             )
         self.rounds.pending = pending
-        self.rounds.read_mappings()
 
     def check_abort(self) -> None:
         """Between two chunks, and before the commit: has somebody given up?"""

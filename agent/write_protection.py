@@ -1,8 +1,10 @@
 """Pages a running process wrote, by userfaultfd's asynchronous write-protection read through PAGEMAP_SCAN.
 
 A mapping that appeared, moved or was replaced since it was registered is not watched; all that is in
-it counts as written. What is no longer there is found by what is: every scan yields the pages present,
-and the caller compares.
+it counts as written. So does all of a watched mapping that another one moved beside: mremap(2) makes one of
+the two and takes the watch off it, while its pages keep their marks and may be written without a fault. Such
+marks would hide writes from the moment it is watched again, so they are taken off then.
+What is no longer there is found by what is: every scan yields the pages present, and the caller compares.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from agent.tracking import Range, Scan, intersection, merged, without
 
 _THERE: Final = PAGE_IS_PRESENT | PAGE_IS_SWAPPED
 _FOREIGN: Final = PAGE_IS_FILE | PAGE_IS_PFNZERO
+_WATCHED: Final = "uw"  # VM_UFFD_WP, proc(5)
 
 
 class WriteProtection:
@@ -41,15 +44,22 @@ class WriteProtection:
         self._pagemap = Pagemap(pid)
         self._uffd = uffd
         self._guard = _guard_supported(self._pagemap)
+        self._doubtful: list[Range] = []  # watched, with marks that may be older than the watch
 
     @property
     def incremental(self) -> bool:
         return True
 
     def watch(self, lines: Sequence[MapsLine]) -> None:
-        """Register all mappings; those that are already are left as they are."""
+        """Register all mappings that are not; the lines are smaps'."""
+        doubtful: list[Range] = []
         for line in lines:
-            userfaultfd.register(self._uffd, line.start, line.end)
+            extent = line.start, line.end
+            if _WATCHED in line.vmflags and not intersection([extent], self._doubtful):
+                continue
+            if userfaultfd.register(self._uffd, *extent) and not userfaultfd.unprotect(self._uffd, *extent):
+                doubtful.append(extent)
+        self._doubtful = doubtful
 
     def scan(self, files: Sequence[Range], excluded: Sequence[Range], protect: bool) -> Scan:
         """As `Tracker.scan`; what was written is protected again in the same step.
@@ -57,6 +67,8 @@ class WriteProtection:
         Only in `files` the kernel is asked whether a page is the file's own: that costs five times the rest.
         """
         written, present, guards = self._protect() if protect else self._look()
+        if self._doubtful:
+            written = merged([*written, *self._doubtful])
         own = [r for low, high in files for r in self._own(low, high)]
         present = without(merged([*without(present, files), *own]), excluded)
         return Scan(present, intersection(written, present), without(guards, excluded))

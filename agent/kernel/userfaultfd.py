@@ -22,6 +22,7 @@ UFFDIO_REGISTER_MODE_WP: Final = 1 << 1
 UFFDIO_API: Final = 0xC018AA3F
 UFFDIO_REGISTER: Final = 0xC020AA00
 UFFDIO_UNREGISTER: Final = 0x8010AA01
+UFFDIO_WRITEPROTECT: Final = 0xC018AA06
 
 WANTED_FEATURES: Final = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 
@@ -39,6 +40,18 @@ def register(fd: int, start: int, end: int) -> bool:
     except OSError as error:
         # EBUSY: the process watches it; EINVAL: not mapped (any more) or not watchable; EPERM: never writable
         if error.errno in (errno.EBUSY, errno.EINVAL, errno.EPERM, errno.ENOMEM):
+            return False
+        raise
+    return True
+
+
+def unprotect(fd: int, start: int, end: int) -> bool:
+    """Take every mark off the pages of [start, end): they count as written. False if not all of it is watched."""
+    try:
+        fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, bytearray(struct.pack("<QQQ", start, end - start, 0)))
+    except OSError as error:
+        # ENOENT: a mapping in it is not watched (any more), and those behind it are as they were
+        if error.errno in (errno.ENOENT, errno.EINVAL, errno.EAGAIN):
             return False
         raise
     return True

@@ -17,11 +17,9 @@ from kernel.guest import GuestFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = os.environ.get("MIGRATE_TEST_FULL") == "1"
-SHORT = ("tests/unit/test_tracker.py", "tests/unit/test_halt.py", "tests/kernel/moves.py::test_churn[1]")
-UNIT = (
-    *("tracker", "halt", "soft_dirty", "engine", "timer_numbers"),
-    *("eventfd", "waits", "between", "letting_go"),
-)
+TRACKER = ("tracker", "tracker_mappings", "tracker_anything", "halt")
+UNIT = (*TRACKER, "soft_dirty", "engine", "timer_numbers", "eventfd", "waits", "between", "letting_go")
+SHORT = (*(f"tests/unit/test_{name}.py" for name in TRACKER), "tests/kernel/moves.py::test_churn[1]")
 LONG = (
     *(f"tests/unit/test_{name}.py" for name in UNIT),
     "tests/kernel/moves.py",

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
+from unit.children import puppet
 from unit.descriptor_case import Case, Make
+from unit.watched import Watched
 
 # How long an example takes says nothing: the machine may be busy.
 settings.register_profile("patient", deadline=None)
@@ -28,3 +30,11 @@ def make() -> Iterator[Make]:
     for case in cases:
         case.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    with puppet() as target:
+        found = Watched(target)
+        yield found
+        found.close()

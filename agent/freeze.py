@@ -103,6 +103,7 @@ class FrozenProcess:
         self.began = time.perf_counter()
         self.deadline = time.monotonic() + self._options.freeze_timeout_ms / 1000
         self._seize_all()
+        self._rounds.look()
         self._mark("stop")
         self.monotonic = time.monotonic_ns() + capture.namespace_offset(self.pid)[0]
         self._look_again()

@@ -249,12 +249,13 @@ class Rounds:
         self, pending: Pending, frozen: bool, paced: Callable[[int, int], None]
     ) -> tuple[int, int]:
         """Layout, discards and pages; (pages sent, pages discarded)."""
-        self.announce_layout()
+        lost = _common(pending.present, self.announce_layout())
         gone = self.sender.held.without(pending.present).ranges()
         self._discard(gone)
         held_before = self.sender.held
-        sent, zeros = self.sender.send(pending.written, self.layout, frozen, paced)
-        became_zero = _held_ranges(held_before, zeros)
+        wanted = merged([*pending.written, *lost]) if lost else pending.written
+        sent, zeros = self.sender.send(wanted, self.layout, frozen, paced)
+        became_zero = _common(held_before, zeros)
         self._discard(became_zero)
         return sent, pages_in(gone) + pages_in(became_zero)
 
@@ -263,18 +264,22 @@ class Rounds:
             self.link.send(protocol.Discard(ranges))
             self.sender.held.subtract(ranges)
 
-    def announce_layout(self) -> None:
-        """Tell the destination the mappings if they changed, and forget the pages that it loses by that."""
+    def announce_layout(self) -> list[Range]:
+        """Tell the destination the mappings if they changed; where it loses all pages by that.
+
+        Pages there need not have been written: a mapping may be another only by its flags.
+        """
         if len(self.files.refs) > self._files_sent:
             self.link.send(protocol.NewFiles(self.files.refs[self._files_sent :]))
             self._files_sent = len(self.files.refs)
-        if self.layout == self._announced:
-            return
-        for operation in layouts.difference(self._announced, self.layout):
-            if isinstance(operation, layouts.Unmap):
-                self.sender.held.remove(operation.start, operation.end)
+        operations = layouts.difference(self._announced, self.layout)
+        if not operations:
+            return []
+        lost = [(o.start, o.end) for o in operations if isinstance(o, layouts.Unmap)]
+        self.sender.held.subtract(lost)
         self.link.send(protocol.Layout(self.layout))
         self._announced = self.layout
+        return lost
 
     # --- in the freeze ---
 
@@ -345,13 +350,10 @@ class Rounds:
         """
         if self._flags is None:
             return 0
-        assumed = self.layout
         self._set_layout(procfs.parse_smaps(self._flags.result()))
         self._flags = None
-        operations = layouts.difference(assumed, self.layout)
-        self.announce_layout()
-        anew = [(o.mapping.start, o.mapping.end) for o in operations if isinstance(o, layouts.Map)]
-        sent, _ = self.sender.send(intersection(self._present, merged(anew)), self.layout, True, unpaced)
+        lost = self.announce_layout()
+        sent, _ = self.sender.send(intersection(self._present, lost), self.layout, True, unpaced)
         return sent
 
 
@@ -359,6 +361,6 @@ def unpaced(pages: int, sent: int) -> None:
     """Nothing paces the freeze."""
 
 
-def _held_ranges(held: PageSet, ranges: list[Range]) -> list[Range]:
+def _common(pages: PageSet, ranges: list[Range]) -> list[Range]:
     wanted = PageSet(ranges)
-    return wanted.without(wanted.without(held)).ranges() if ranges else []
+    return wanted.without(wanted.without(pages)).ranges() if ranges else []

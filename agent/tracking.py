@@ -33,7 +33,7 @@ class Tracker(Protocol):
         """Whether it can tell what was written; if not, everything counts as written in every scan."""
 
     def watch(self, lines: Sequence[MapsLine]) -> None:
-        """From now on follow all these mappings, lines of smaps; those that are already are left as they are."""
+        """From now on follow all these mappings, lines of smaps; those that are already stay as they are."""
 
     def scan(self, files: Sequence[Range], excluded: Sequence[Range], protect: bool) -> Scan:
         """Look at the whole address space; with `protect`, the next tells only what is written from now on.

@@ -46,7 +46,7 @@ def register(fd: int, start: int, end: int) -> bool:
 
 
 def unprotect(fd: int, start: int, end: int) -> bool:
-    """Take every mark off the pages of [start, end): they count as written. False if not all of it is watched."""
+    """Take every mark off [start, end): its pages count as written. False if not all of it is watched."""
     try:
         fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, bytearray(struct.pack("<QQQ", start, end - start, 0)))
     except OSError as error:

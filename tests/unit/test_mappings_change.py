@@ -35,6 +35,10 @@ static void on_signal(int number)
         mmap(0, page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     } else if (number == SIGHUP) {
         munmap(area + size / 2, size / 2);
+    } else if (number == SIGURG) {
+        madvise(area + size / 2, size / 2, MADV_HUGEPAGE);
+    } else if (number == SIGWINCH) {
+        madvise(area, size / 2, MADV_HUGEPAGE);
     } else {
         mremap(area, size / 2, size, 0);
         memset(area + size / 2, 'n', size / 2);
@@ -53,6 +57,8 @@ int main(void)
     signal(SIGALRM, on_signal);
     signal(SIGHUP, on_signal);
     signal(SIGTERM, on_signal);
+    signal(SIGURG, on_signal);
+    signal(SIGWINCH, on_signal);
     dprintf(1, "area %lx\n", (long)area);
     for (long round = 0;; round++) {
         dprintf(1, "round %ld\n", round);
@@ -114,6 +120,20 @@ def test_a_whole_mapping_is_locked_right_before_the_freeze(fenced: Fenced) -> No
 
     assert Move(fenced, MoveOptions(), lock).migrated
     assert "lo" in fenced.mapping().vmflags
+    fenced.progress()
+
+
+def test_a_mapping_becomes_part_of_another_right_before_the_freeze(fenced: Fenced) -> None:
+    """By advice, which only smaps shows: until that is read, the second half seems to have lost its own."""
+    fenced.do(signal.SIGURG)
+
+    def join(_: Move, state: str) -> None:
+        if state == "freezing":
+            fenced.do(signal.SIGWINCH)
+
+    assert Move(fenced, MoveOptions(verify=True), join).migrated
+    assert "hg" in fenced.mapping().vmflags
+    assert fenced.mapping().end - fenced.area == 4 << 20
     fenced.progress()
 
 

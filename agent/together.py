@@ -39,7 +39,6 @@ from agent.tracee import (
 DATA_SIZE: Final = 1024
 CALLS: Final = 48
 _CONTROL: Final = 64
-_RED_ZONE: Final = 128
 _SLOTS_AT: Final = PAGE  # behind the code
 _TIMEOUT: Final = struct.pack("<QQQQ", 0, 0, PARK_SECONDS, 0).ljust(_CONTROL, b"\0")
 
@@ -154,7 +153,8 @@ class _Wave:
                 slot = self._slot(number)
                 # order matters if we die in between: from the registers on, the task finds its own way back
                 registers = parked(self._start(number, job), slot, slot + 16, slot + _CONTROL + 8)
-                registers.rsp = job.registers.rsp - _RED_ZONE  # for a handler that runs if we die right here
+                # for a handler that runs if we die right here
+                registers.rsp = job.registers.rsp - arch.RED_ZONE
                 ptrace.set_registers(job.tid, registers)
                 self._tracee.adrift.add(job.tid)
                 ptrace.set_sigmask(job.tid, ALL_SIGNALS)

@@ -26,12 +26,13 @@ the lower end of the main stack's mapping that were never touched have no data, 
 the moment, and no program counts on them being zero, since every signal writes there. (Neither has the very
 lowest page if it is all zeros: below anything alive on a stack there is a frame with a return address.)
 Otherwise the mapping is extended downwards as by a deep call; the kernel does that for a write through
-/proc/PID/mem as for a fault.
+/proc/PID/mem as for a fault. The thread whose stack it is must stand still meanwhile, or a deep call of its
+own gets there: so it is the one that is visited, and another only once it has ended.
 
 **What can still be noticed** if we die, and only then:
 
 - In the 0.1 ms between the stop and the next step, a call like epoll_wait fails with EINTR, as it does after
-  SIGSTOP and SIGCONT (signal(7)). Threads where that cannot happen come first (`arch.interruption_shows`).
+  SIGSTOP and SIGCONT (signal(7)).
 - A wait with a time limit begins again, so that it lasts longer, but never longer than twice.
 - A signal that arrives between "registers set" and "signals blocked" runs its handler at the lower end of
   the main stack.
@@ -40,6 +41,7 @@ Otherwise the mapping is extended downwards as by a deep call; the kernel does t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import resource
 import struct
 import time
@@ -61,7 +63,7 @@ _MARKER: Final = b"migrate: frame\0\0"
 _MARK_ROOM: Final = 64
 _MARKS_REACH: Final = 64  # pages from the lower end of the stack that are searched for marks
 _SECONDS: Final = 2.0
-_CANDIDATES: Final = 64  # threads that are looked at to find one that is best stopped
+_CANDIDATES: Final = 64  # threads that may end before one of them is stopped
 _TEXT_PIECE: Final = 1 << 22
 
 
@@ -107,7 +109,7 @@ class Caller:
         xstate = ptrace.get_xstate(tid)
         if self.place is None:
             size = arch.frame_size(xstate) + 2 * _MARK_ROOM
-            self.place = _claim(self.pid, self.memory, -(-size // PAGE) * PAGE)
+            self.place = _claim(self.pid, self.memory, -(-size // PAGE) * PAGE, saved.rsp - arch.RED_ZONE)
         address, frame = arch.returning_frame(self.path, self.place[1] - _MARK_ROOM, back, xstate, mask)
         self.memory.write(address, frame)
         return address
@@ -154,13 +156,14 @@ def stack_of(pid: int) -> MapsLine | None:
     return next((m for m in lines if m.protection & procfs.PROT_WRITE), None)
 
 
-def _claim(pid: int, memory: RemoteMemory, size: int) -> Range:
-    """Marked memory for a frame: unused pages at the lower end of the main stack."""
+def _claim(pid: int, memory: RemoteMemory, size: int, limit: int) -> Range:
+    """Marked memory for a frame: unused pages at the lower end of the main stack, and below `limit` there."""
     stack = stack_of(pid)
     if stack is None:
         raise NoFoothold("the process has no main stack")
     start = stack.start
-    if not untouched(pid, start, start + size) and any(memory.read(start, size)):
+    in_use = start <= limit < min(start + size, stack.end)
+    if in_use or (not untouched(pid, start, start + size) and any(memory.read(start, size))):
         start -= size
     place = (start, start + size)
     with _any_stack_size():
@@ -269,27 +272,13 @@ def visit(caller: Caller) -> Iterator[int]:
 
 
 def _pause_one(caller: Caller) -> Pause:
-    for tid in candidates(caller.pid):
+    others = (tid for tid in procfs.threads(caller.pid) if tid != caller.pid)
+    for tid in itertools.islice(itertools.chain([caller.pid], others), _CANDIDATES):
         with contextlib.suppress(ProcessLookupError):  # it has ended, another has not
             ptrace.seize(tid)
             stop([tid], time.monotonic() + _SECONDS)
             return Pause(tid, caller.memory)
     raise ProcessLookupError(3, "no such process", f"pid {caller.pid}")
-
-
-def candidates(pid: int) -> list[int]:
-    """Threads to stop, that which would notice least first, and of equals the first one."""
-    tids = procfs.threads(pid)
-    tids = [pid, *(tid for tid in tids if tid != pid)][:_CANDIDATES]
-    return sorted(tids, key=lambda tid: _interruption_shows(pid, tid))
-
-
-def _interruption_shows(pid: int, tid: int) -> int:
-    try:
-        found = procfs.in_syscall(pid, tid)
-    except ProcessLookupError:  # it has ended
-        return 3
-    return arch.interruption_shows(found.number if found is not None else None)
 
 
 def _let_go(caller: Caller, pause: Pause) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
 import signal
 import socket
-import threading
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -147,28 +148,56 @@ def test_our_own_stack_limit_is_none_for_the_stack_of_another() -> None:
 # --- which thread is stopped ---
 
 
-@pytest.mark.parametrize(
-    ("number", "shows"),
-    [(None, 0), (arch.NR_ppoll, 0), (61, 0), (arch.NR_nanosleep, 1), (0, 1), (arch.NR_epoll_wait, 2)],
-)
-def test_what_a_stop_shows(number: int | None, shows: int) -> None:
-    assert arch.interruption_shows(number) == shows
+# Its first thread goes ever deeper, and looks at what it has left on its stack on the way back. It naps, so
+# that the other one would be better to interrupt.
+DEEPER = r"""
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <unistd.h>
+static void *waiter(void *none)
+{
+    pause();
+    return none;
+}
+static int deeper(uint64_t depth)
+{
+    volatile uint64_t frame[100];
+    for (uint64_t n = 0; n < 100; n++)
+        frame[n] = depth * 1000 + n;
+    usleep(10);
+    int changed = depth < 6000 ? deeper(depth + 1) : 0;
+    for (uint64_t n = 0; n < 100; n++)
+        changed += frame[n] != depth * 1000 + n;
+    return changed;
+}
+int main(void)
+{
+    pthread_t thread;
+    pthread_create(&thread, NULL, waiter, NULL);
+    puts("ready");
+    fflush(stdout);
+    int changed = deeper(1);
+    printf("changed %d\n", changed);
+    fflush(stdout);
+    pause();
+}
+"""
 
 
-def test_a_thread_that_notices_nothing_is_preferred() -> None:
-    def in_sigtimedwait_and_a_lock() -> None:
-        lock = threading.Lock()
-        lock.acquire()
-        for wait in (lock.acquire, lambda: signal.sigtimedwait({signal.SIGUSR2}, 1000)):
-            threading.Thread(target=wait, daemon=True).start()
-
-    def calls(pid: int) -> list[int | None]:
-        found = (procfs.in_syscall(pid, tid) for tid in visit.candidates(pid))
-        return [one.number for one in found if one is not None]
-
-    with forked(in_sigtimedwait_and_a_lock) as pid:
-        wait_for(lambda: {arch.NR_rt_sigtimedwait, arch.NR_futex} <= set(calls(pid)), "its calls")
-        assert calls(pid)[-1] == arch.NR_rt_sigtimedwait
+def test_a_stack_that_grows_meanwhile() -> None:
+    visits = 0
+    with subprocess.Popen([compiled(DEEPER, "-pthread")], stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None and program.stdout.readline() == "ready\n"
+        with memory_of(program.pid) as memory:
+            while not select.select([program.stdout], [], [], 0)[0]:
+                caller = Caller(program.pid, memory)
+                with visit.visit(caller) as tid:
+                    assert [caller.call(tid, "getpid", NR_GETPID) for _ in range(3)] == [program.pid] * 3
+                visits += 1
+        assert program.stdout.readline() == "changed 0\n"
+        program.kill()
+    assert visits > 10
 
 
 def test_a_visit_shows_nowhere() -> None:

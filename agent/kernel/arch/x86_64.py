@@ -99,31 +99,20 @@ ERESTARTNOHAND: Final = 514
 ERESTART_RESTARTBLOCK: Final = 516
 
 # Syscalls that answer a mere stop with EINTR (signal(7), "Interruption of system calls ... by stop signals"):
-# nothing was consumed, so running them again is what the program would have seen without it. Some always do:
-_EINTR_ALWAYS: Final = frozenset(
+# nothing was consumed, so running them again is what the program would have seen without it. The first ones
+# always do, the others on sockets with a time limit (SO_RCVTIMEO, SO_SNDTIMEO; sock_intr_errno) and special
+# descriptors.
+EINTR_ON_STOP: Final = frozenset(
     {
-        NR_epoll_wait,
-        NR_epoll_pwait,
-        NR_epoll_pwait2,
-        NR_rt_sigtimedwait,
-        NR_semop,
-        NR_semtimedop,
-        NR_io_getevents,
-    }
-)
-# ... others on sockets with a time limit (SO_RCVTIMEO, SO_SNDTIMEO; sock_intr_errno), or special descriptors
-_EINTR_IF_LIMITED: Final = frozenset(
-    {
+        *(NR_epoll_wait, NR_epoll_pwait, NR_epoll_pwait2, NR_rt_sigtimedwait),
+        *(NR_semop, NR_semtimedop, NR_io_getevents),
         *(NR_read, NR_readv, NR_preadv2, NR_recvfrom, NR_recvmsg, NR_recvmmsg, NR_accept, NR_accept4),
         *(NR_write, NR_writev, NR_pwritev2, NR_sendto, NR_sendmsg, NR_sendmmsg, NR_connect),
         *(NR_splice, NR_sendfile),
     }
 )
-EINTR_ON_STOP: Final = _EINTR_ALWAYS | _EINTR_IF_LIMITED
 
-# calls that go on by a restart block, which rt_sigreturn forgets: they begin again with their full time
-_TIMED: Final = frozenset({NR_poll, NR_nanosleep, NR_clock_nanosleep, NR_futex, NR_restart_syscall})
-
+RED_ZONE: Final = 128  # bytes below the stack pointer that are in use (System V ABI, 3.2.2)
 _REGISTERS: Final = struct.Struct("<27Q")
 _SYSCALL: Final = b"\x0f\x05"
 _U64: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -194,16 +183,6 @@ def hide_stop(registers: Registers, signal_pending: bool) -> Registers:
     if not interrupted or signal_pending:
         return registers
     return rerun(registers)
-
-
-def interruption_shows(number: int | None) -> int:
-    """What a program might notice if we stop it in syscall `number` (None: in none) and die at once.
-
-    0: nothing. 1: a wait that begins again, or EINTR if it has a time limit. 2: EINTR.
-    """
-    if number in _EINTR_ALWAYS:
-        return 2
-    return 1 if number in _EINTR_IF_LIMITED | _TIMED else 0
 
 
 def rerun(registers: Registers) -> Registers:

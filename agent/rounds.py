@@ -219,8 +219,11 @@ class Rounds:
         self.layout = layouts.merge(mappings.layout(lines, self.files, self._known, self.scratch))
 
     def _pending(self, found: Scan, seconds: float) -> Pending:
-        mapped = [(m.start, m.end) for m in self.layout]
-        return Pending(intersection(found.written, mapped), PageSet(found.present), seconds)
+        written = intersection(found.written, self._mapped_ranges())
+        return Pending(written, PageSet(found.present), seconds)
+
+    def _mapped_ranges(self) -> list[Range]:
+        return [(m.start, m.end) for m in self.layout]
 
     def send(
         self, number: int, pending: Pending, dirty_rate: float, paced: Callable[[int, int], None]
@@ -249,7 +252,7 @@ class Rounds:
         self, pending: Pending, frozen: bool, paced: Callable[[int, int], None]
     ) -> tuple[int, int]:
         """Layout, discards and pages; (pages sent, pages discarded)."""
-        lost = _common(pending.present, self.announce_layout())
+        lost = intersection(_common(pending.present, self.announce_layout()), self._mapped_ranges())
         gone = self.sender.held.without(pending.present).ranges()
         self._discard(gone)
         held_before = self.sender.held

@@ -137,8 +137,9 @@ def test_a_mapping_becomes_part_of_another_right_before_the_freeze(fenced: Fence
     fenced.progress()
 
 
+@pytest.mark.parametrize("max_rounds", [1, 2])
 def test_a_mapping_that_shrinks_between_two_readings_and_is_whole_again(
-    fenced: Fenced, monkeypatch: pytest.MonkeyPatch
+    fenced: Fenced, monkeypatch: pytest.MonkeyPatch, max_rounds: int
 ) -> None:
     """The lines of maps are the same in the end, but they were not those that the layout is made of."""
     original, shrinking = procfs.read_smaps, list[bool]()
@@ -158,7 +159,7 @@ def test_a_mapping_that_shrinks_between_two_readings_and_is_whole_again(
             fenced.do(signal.SIGTERM)
 
     monkeypatch.setattr(procfs, "read_smaps", read_smaps)
-    options = MoveOptions(verify=True, max_rounds=1)
+    options = MoveOptions(verify=True, max_rounds=max_rounds)
     assert Move(fenced, options, whole_again, aborted=once(another_mapping)).migrated
     assert f"did {signal.SIGHUP}" in fenced.lines() and not shrinking
     assert fenced.mapping().end - fenced.area == 4 << 20

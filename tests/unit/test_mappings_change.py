@@ -137,9 +137,9 @@ def test_a_mapping_becomes_part_of_another_right_before_the_freeze(fenced: Fence
     fenced.progress()
 
 
-@pytest.mark.parametrize("max_rounds", [1, 2])
+@pytest.mark.parametrize("when", ["at once", "freezing"])
 def test_a_mapping_that_shrinks_between_two_readings_and_is_whole_again(
-    fenced: Fenced, monkeypatch: pytest.MonkeyPatch, max_rounds: int
+    fenced: Fenced, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """The lines of maps are the same in the end, but they were not those that the layout is made of."""
     original, shrinking = procfs.read_smaps, list[bool]()
@@ -150,16 +150,21 @@ def test_a_mapping_that_shrinks_between_two_readings_and_is_whole_again(
 
     def read_smaps(pid: int) -> bytes:
         here = threading.current_thread() is threading.main_thread()
-        if here and shrinking and shrinking.pop():  # it has looked at maps, and goes on to smaps
-            fenced.do(signal.SIGHUP)
-        return original(pid)
+        if not (here and shrinking and shrinking.pop()):
+            return original(pid)
+        fenced.do(signal.SIGHUP)  # it has looked at maps, and goes on to smaps
+        found = original(pid)
+        if when == "at once":
+            fenced.do(signal.SIGTERM)
+        return found
 
     def whole_again(_: Move, state: str) -> None:
-        if state == "freezing":
+        if state == when:
             fenced.do(signal.SIGTERM)
 
     monkeypatch.setattr(procfs, "read_smaps", read_smaps)
-    options = MoveOptions(verify=True, max_rounds=max_rounds)
+    # one round, or another one without the half, while it is there again
+    options = MoveOptions(verify=True, max_rounds=1 if when == "freezing" else 2, downtime_limit_ms=1)
     assert Move(fenced, options, whole_again, aborted=once(another_mapping)).migrated
     assert f"did {signal.SIGHUP}" in fenced.lines() and not shrinking
     assert fenced.mapping().end - fenced.area == 4 << 20

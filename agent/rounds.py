@@ -85,6 +85,7 @@ class Rounds:
         self._background = ThreadPoolExecutor(2)
         self._look: Future[Pending] | None = None
         self._executed = False
+        self._locked = b""
         self._flags: Future[bytes] | None = None
 
     @property
@@ -201,6 +202,18 @@ class Rounds:
             self.tracker.watch(lines)
             self._set_layout(lines)
 
+    def _read_flags(self) -> tuple[bytes, bytes]:
+        """smaps, a walk of all page tables: 10 ms a GiB; and how much was locked before."""
+        locked = procfs.locked(self.pid)
+        return procfs.read_smaps(self.pid), locked
+
+    def _note_flags(self, smaps: bytes, locked: bytes) -> None:
+        """At the end of each round, since flags may change where no line of maps does."""
+        lines = procfs.parse_smaps(smaps)
+        if self._bare(lines) == self._lines:
+            self._set_layout(lines)
+            self._locked = locked
+
     def _mapped(self) -> list[MapsLine]:
         """The process's own mappings, without the scratch, of which a batch may map a page anew."""
         return mappings.ordinary(procfs.maps(self.pid), self.scratch)
@@ -211,9 +224,13 @@ class Rounds:
             raise Unmovable(blocker.kind, f"{blocker.what}: {blocker.why}")
         self._known = {line.start: line for line in lines}
         # of the same reading as the layout: between two, mappings may change, and change back later
-        bare = [msgspec.structs.replace(line, vmflags=frozenset()) for line in lines]
-        self._lines = mappings.ordinary(bare, self.scratch)
+        self._lines = self._bare(lines)
         self._describe_layout(lines)
+
+    def _bare(self, lines: list[MapsLine]) -> list[MapsLine]:
+        """Lines of smaps as `_mapped` has them."""
+        bare = [msgspec.structs.replace(line, vmflags=frozenset()) for line in lines]
+        return mappings.ordinary(bare, self.scratch)
 
     def _describe_layout(self, lines: list[MapsLine]) -> None:
         self.layout = layouts.merge(mappings.layout(lines, self.files, self._known, self.scratch))
@@ -233,8 +250,10 @@ class Rounds:
         sending_before = self.link.sending_s
         sent, discarded = self.send_memory(pending, False, paced)
         sent_at, sending = time.monotonic(), self.link.sending_s - sending_before
+        flags = self._background.submit(self._read_flags)
         self.link.send(protocol.RoundEnd(number))
         self.link.expect(protocol.RoundDone)
+        self._note_flags(*flags.result())
         # what was in buffers when all was sent counts too: it is the time until the last byte was dealt with
         self.encoder.observe(self.link.bytes_sent - bytes_before, sending + time.monotonic() - sent_at)
         round_ = Round(
@@ -334,9 +353,10 @@ class Rounds:
 
     def _last(self) -> Pending:
         lines = self._mapped()
-        self._flags = self._background.submit(procfs.read_smaps, self.pid)
-        self._describe_layout(lines)
-        self._lines = lines
+        if lines != self._lines or procfs.locked(self.pid) != self._locked:
+            self._flags = self._background.submit(procfs.read_smaps, self.pid)
+            self._describe_layout(lines)
+            self._lines = lines
         found = self.tracker.scan(self._file_ranges(), self._excluded, protect=False)
         self._present = found.present
         self.guards = found.guards
@@ -347,7 +367,7 @@ class Rounds:
         return result
 
     def settle_flags(self) -> int:
-        """After the pages: flags, which may change where no line of maps does, are only known by now.
+        """After the pages: where mappings changed since the last round, flags are only known by now.
 
         What turns out to be another kind of mapping is made anew, and its pages are sent again; how many.
         """

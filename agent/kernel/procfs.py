@@ -113,6 +113,11 @@ def read_smaps(pid: int) -> bytes:
     return read(f"/proc/{pid}/smaps")
 
 
+def locked(pid: int) -> bytes:
+    """How much memory is locked (mlock(2)), as status says it."""
+    return read_record(f"/proc/{pid}/status").partition(b"\nVmLck:")[2].partition(b"\n")[0].strip()
+
+
 def parse_smaps(text: bytes) -> list[MapsLine]:
     """Of each mapping's block only the first line, as in maps, and the last are of use."""
     blocks = text.split(b"\nVmFlags: ")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator
 
 from agent.inventory import own_numbers
-from agent.kernel import procfs
+from agent.kernel import procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.memory import RemoteMemory
 from agent.resources import identity, memory_lock, signals, threads, timers, waits
@@ -17,6 +18,9 @@ from agent.together import Job, run_all
 from agent.tracee import Batch, Outcome, Tracee
 
 _NR_BRK = 12
+_P_ALL = 0
+# waitid(2) of any child, also of other threads and of clone(2), that changes nothing: ECHILD if there is none
+_ANY_CHILD = os.WNOHANG | os.WEXITED | os.WSTOPPED | os.WCONTINUED | os.WNOWAIT | ptrace.WALL
 
 
 def namespace_offset(pid: int) -> tuple[int, int]:
@@ -40,16 +44,20 @@ class Frozen:
     """What the freeze knows of each thread before anything is injected: how it goes on, here or there."""
 
     def __init__(
-        self, tracee: Tracee, tids: list[int], asleep: dict[int, waits.Asleep | None], history: waits.History
+        self, tracee: Tracee, tids: list[int], sleepers: waits.Sleepers, history: waits.History
     ) -> None:
         self.tids = tids
+        self.slept = sleepers.slept()
+        self.has_children = True  # until the first thread was asked
         self.order = [tracee.pid, *(tid for tid in tids if tid != tracee.pid)]  # of the threads in the state
         self.numbers = own_numbers(tracee.pid, tids)
         self.shared_pending = signals.pending_of_process(tracee.pid)
         self.stopped = {tid: threads.look(tid) for tid in tids}
         self.registers = self._settle(tracee.memory)
         # what the destination gets: a wait under its own number, and how much of it is left
-        known = {tid: history.recall(tid, self.registers[tid], asleep.get(tid)) for tid in tids}
+        known = {
+            tid: history.recall(tid, self.registers[tid], sleepers.before.get(tid)) for tid in tids
+        }
         self.there = {
             tid: waits.identified(registers, tracee.memory) for tid, (registers, _) in known.items()
         }
@@ -62,9 +70,8 @@ class Frozen:
         if tid not in self._waiting:
             return None
         registers, before = self.there[tid], self._waiting[tid]
-        after = waits.observe(tid, cpu=False) if waits.remainder_at(registers) is None else None
         now = self._clocks.get(before.cpu) if before is not None else None
-        return waits.remaining_ns(registers, self._memory, before, after, now)
+        return waits.remaining_ns(registers, self._memory, before, tid in self.slept, now)
 
     def _settle(self, memory: RemoteMemory) -> dict[int, arch.Registers]:
         sections = threads.rseq_sections(self.stopped, memory)
@@ -124,9 +131,11 @@ def _capture_leader(tracee: Tracee, frozen: Frozen, executable: int) -> tuple[Pr
     subreaper_at = batch.space(8)
     batch.call("PR_GET_CHILD_SUBREAPER", arch.NR_prctl, identity.PR_GET_CHILD_SUBREAPER, subreaper_at)
     thp = batch.call("PR_GET_THP_DISABLE", arch.NR_prctl, identity.PR_GET_THP_DISABLE, optional=True)
+    children = batch.call("waitid", arch.NR_waitid, _P_ALL, 0, 0, _ANY_CHILD, 0, optional=True)
     first, thread = threads.ask(batch, pid, frozen.registers[pid], frozen.stopped[pid])
     first.remaining_ns = frozen.remaining_ns(pid)
     outcome = tracee.run(pid, batch, frozen.registers[pid])
+    frozen.has_children = outcome.results[children] != -errno.ECHILD
     seconds, nanoseconds = struct.unpack("<qq", outcome.read(clock, 16))
     status = procfs.status(pid)
     state = ProcessState(

@@ -83,7 +83,8 @@ class FrozenProcess:
         """
         for attempt in range(_ATTEMPTS):
             try:
-                self._stop_once()
+                with contextlib.closing(waits.Sleepers(procfs.threads(self.pid))) as sleepers:
+                    self._stop_once(sleepers)
                 return
             except NotStill:
                 self.thaw()
@@ -93,11 +94,10 @@ class FrozenProcess:
                     raise
                 time.sleep(_RETRY_SECONDS * (attempt + 1))
 
-    def _stop_once(self) -> None:
+    def _stop_once(self, sleepers: waits.Sleepers) -> None:
         self._process.forget_duplicates()
         self.began = 0.0
-        self.check_settings()
-        asleep = {tid: waits.observe(tid) for tid in procfs.threads(self.pid)}
+        _refuse(inventory.lasting_blockers(self.pid))
         self._network.start_capture()
         self.phases = Phases("source")
         self.began = time.perf_counter()
@@ -112,7 +112,7 @@ class FrozenProcess:
         if self._network.busy():
             raise NotStill("tcp-connecting", "a connection is being accepted")
         self._mark("lock sockets")
-        self.facts = capture.Frozen(self._rounds.tracee, self.tids, asleep, self._rounds.waits)
+        self.facts = capture.Frozen(self._rounds.tracee, self.tids, sleepers, self._rounds.waits)
         self._mark("registers")
 
     def _mark(self, phase: str) -> None:
@@ -137,7 +137,11 @@ class FrozenProcess:
         """Children, seccomp, credentials, namespaces: asked before the stop, when it costs nothing, and here,
         while the destination rebuilds, for what came in between. NotStill.
         """
-        _refuse(inventory.lasting_blockers(self.pid))
+        assert self.facts is not None
+        # those that slept since are as they were then, all alike: one of them stands for them
+        slept = self.facts.slept
+        ran = [tid for tid in self.tids if tid not in slept]
+        _refuse(inventory.lasting_blockers(self.pid, [*ran, *sorted(slept)[:1]], self.facts.has_children))
 
     def _seize_all(self) -> None:
         """Seize and stop until no task is left that is not: a running thread may make another."""

@@ -142,16 +142,18 @@ def _process_blockers(pid: int, status: dict[str, str]) -> list[Blocker]:
     return [*found, *lasting_blockers(pid)]
 
 
-def lasting_blockers(pid: int) -> list[Blocker]:
-    """What the process may become at any time, so it is asked again; some microseconds for each thread."""
+def lasting_blockers(pid: int, tids: list[int] | None = None, has_children: bool = True) -> list[Blocker]:
+    """What the process may become at any time, so it is asked again; some microseconds for each thread.
+
+    `tids`: only of those (default: all) the settings may differ. `has_children`: whether to look for them.
+    """
     found: list[Blocker] = []
     what = f"pid {pid}"
-    children = procfs.children(pid)
-    if children:
+    if has_children and (children := procfs.children(pid)):
         who = ", ".join(f"{c} ({procfs.stat(c).comm})" for c in children[:5] if os.path.exists(f"/proc/{c}"))
         why = f"it has child processes: {who}"
         found.append(_blocker("child-processes", what, why, "move a program of one process"))
-    settings = set(procfs.each_thread(pid, lambda tid: procfs.settings(pid, tid)))
+    settings = set(procfs.each_thread(pid, lambda tid: procfs.settings(pid, tid), tids))
     if any(s.seccomp for s in settings):
         found.append(
             _blocker("seccomp", what, "it runs under a seccomp filter", "start it without the sandbox")

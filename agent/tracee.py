@@ -37,6 +37,7 @@ DATA_SIZE: Final = 256 * 1024
 SCRATCH_SIZE: Final = DATA + DATA_SIZE
 
 ENTRY: Final = struct.Struct("<7Qq")  # number, arguments, result
+_NO_ARGUMENTS: Final = (0, 0, 0, 0, 0, 0)
 NOT_MADE: Final = -(1 << 63)  # the result of a call that was not made yet
 PARK_SECONDS: Final = 2  # that a process waits for its tracer
 ALL_SIGNALS: Final = (1 << 64) - 1
@@ -60,8 +61,9 @@ class Batch:
 
     def call(self, what: str, number: int, *arguments: int, optional: bool = False) -> int:
         """Add one; `what` names it in an error. Returns its index in the results."""
-        padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
-        self.calls.append((number, *(a & ALL_SIGNALS for a in padded)))
+        if arguments and min(arguments) < 0:
+            arguments = tuple(a & ALL_SIGNALS for a in arguments)
+        self.calls.append((number, *arguments, *_NO_ARGUMENTS[len(arguments) :]))
         self.names.append(what)
         if optional:
             self.optional.add(len(self.calls) - 1)

@@ -214,10 +214,10 @@ def threads(pid: int) -> list[int]:
         raise ProcessLookupError(3, "no such process", f"pid {pid}") from None
 
 
-def each_thread(pid: int, look: Callable[[int], T]) -> list[T]:
-    """`look(tid)` for each thread; those that end meanwhile are left out."""
+def each_thread(pid: int, look: Callable[[int], T], tids: list[int] | None = None) -> list[T]:
+    """`look(tid)` for each thread (or for those `tids`); those that end meanwhile are left out."""
     found: list[T] = []
-    for tid in threads(pid):
+    for tid in threads(pid) if tids is None else tids:
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             found.append(look(tid))
     return found

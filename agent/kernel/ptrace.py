@@ -67,6 +67,12 @@ class RseqConfiguration(ctypes.Structure):
     )
 
 
+# the largest area there may be; no thread but the tracer asks
+_xstate_buffer = ctypes.create_string_buffer(32768)
+_xstate: Final = memoryview(_xstate_buffer).cast("B")
+_XSTATE_VECTOR: Final = struct.pack("<QQ", ctypes.addressof(_xstate_buffer), len(_xstate_buffer))
+
+
 def _call(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
     try:
         return int(_raw(request, tid, addr, data))
@@ -126,11 +132,9 @@ def set_registers(tid: int, registers: Registers) -> None:
 
 def get_xstate(tid: int) -> bytes:
     """The whole xsave area in its standard (not compacted) form, as long as enabled features make it."""
-    buffer = ctypes.create_string_buffer(32768)
-    iov = struct.pack("<QQ", ctypes.addressof(buffer), len(buffer))
-    vector = ctypes.create_string_buffer(iov, 16)
+    vector = ctypes.create_string_buffer(_XSTATE_VECTOR, 16)
     _call(PTRACE_GETREGSET, tid, NT_X86_XSTATE, ctypes.addressof(vector))
-    return buffer.raw[: struct.unpack("<QQ", vector.raw)[1]]
+    return bytes(_xstate[: struct.unpack("<QQ", vector.raw)[1]])
 
 
 def set_xstate(tid: int, xstate: bytes) -> None:

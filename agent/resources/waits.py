@@ -29,6 +29,8 @@ MARGIN: Final = 1_000_000  # nanoseconds
 _SINCE: Final = re.compile(rb"se\.exec_start\s*:\s*([0-9.]+)")
 _SWITCHES: Final = re.compile(rb"nr_voluntary_switches\s*:\s*(\d+)")
 _PROCESSOR: Final = 36  # of /proc/PID/stat behind the name, proc(5)
+_SLEEPING: Final = "SD"
+_SCHEDSTAT_SIZE: Final = 128
 _LOOK_BACK: Final = 48
 _MOV_EAX: Final = re.compile(rb"(?s)\xb8(.{4})")
 _RESTARTED: Final = frozenset({arch.NR_poll, arch.NR_nanosleep, arch.NR_clock_nanosleep, arch.NR_futex})
@@ -62,22 +64,57 @@ class Asleep(msgspec.Struct, frozen=True):
     since: float
     switches: int
     cpu: int = -1  # whose clock that is
+    state: str = "S"  # proc(5): it may run
 
 
-def observe(tid: int | str, cpu: bool = True) -> Asleep | None:
-    """Read before the task is stopped; None where the kernel does not tell (CONFIG_SCHED_DEBUG).
-
-    Without `cpu`, which takes half of the time, it is -1.
-    """
+def observe(tid: int | str) -> Asleep | None:
+    """Read before the task is stopped; None where the kernel does not tell (CONFIG_SCHED_DEBUG)."""
     try:
+        status = procfs.read_record(f"/proc/{tid}/stat").rpartition(b")")[2].split()
         text = procfs.read_record(f"/proc/{tid}/sched")
-        since, switches = _SINCE.search(text), _SWITCHES.search(text)
-        if since is None or switches is None:
-            return None
-        where = procfs.read_record(f"/proc/{tid}/stat").rpartition(b")")[2].split()[_PROCESSOR] if cpu else -1
-        return Asleep(float(since[1]), int(switches[1]), int(where))
     except ProcessLookupError:
         return None
+    since, switches = _SINCE.search(text), _SWITCHES.search(text)
+    if since is None or switches is None:
+        return None
+    return Asleep(float(since[1]), int(switches[1]), int(status[_PROCESSOR]), status[0].decode())
+
+
+class Sleepers:
+    """Threads as they were before a stop, and which of them slept from then on until the stop.
+
+    What only a thread itself can change is as it was then. /proc/PID/task/TID/schedstat tells how often it
+    was given a CPU (Documentation/scheduler/sched-stats.rst); for a sleeper, our stop is once. Files are open
+    until `close`.
+    """
+
+    def __init__(self, tids: Iterable[int]) -> None:
+        self._files: dict[int, int] = {}
+        self._runs: dict[int, int] = {}
+        self.before: dict[int, Asleep | None] = {}
+        for tid in tids:
+            with contextlib.suppress(OSError):  # it has ended, or there are no more descriptors
+                self._files[tid] = os.open(f"/proc/{tid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+            runs = self._count(tid)
+            self.before[tid] = before = observe(tid)
+            if runs and before is not None and before.state in _SLEEPING:
+                self._runs[tid] = runs
+
+    def slept(self) -> frozenset[int]:
+        """Threads that did; asked when all have stopped, and nothing was injected into any."""
+        return frozenset(tid for tid, runs in self._runs.items() if self._count(tid) == runs + 1)
+
+    def _count(self, tid: int) -> int:
+        """0 where the kernel does not count (CONFIG_SCHED_INFO)."""
+        try:
+            return int(os.pread(self._files[tid], _SCHEDSTAT_SIZE, 0).split()[2])
+        except (KeyError, ProcessLookupError):
+            return 0
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
 
 
 def clocks(cpus: Iterable[int]) -> dict[int, Asleep]:
@@ -173,14 +210,14 @@ def remaining_ns(
     registers: Registers,
     memory: RemoteMemory,
     before: Asleep | None,
-    after: Asleep | None,
+    slept: bool,
     now: Asleep | None,
 ) -> int | None:
     """What is left of an interrupted wait; all of it where its beginning is not known. None: no such wait.
 
-    `before` and `after` the stop tell whether it is the same sleep: our stop is the one voluntary switch in
-    between. `now` is of the CPU that `before` is of (`clocks`). That clock is never ahead of the wait's: it
-    may end late (by what interrupts and a hypervisor took, and MARGIN for rounding), never early.
+    `before` the stop it was seen asleep, and it `slept` until then. `now` is of the CPU that `before` is of
+    (`clocks`). That clock is never ahead of the wait's: it may end late (by what interrupts and a hypervisor
+    took, and MARGIN for rounding), never early.
     """
     if not interrupted(registers):
         return None
@@ -188,9 +225,7 @@ def remaining_ns(
     if written is not None:  # the kernel has said it itself (and may have overwritten the request by that)
         return _read_timespec(memory, written[0])
     requested = requested_ns(registers, memory)
-    if requested is None or before is None or after is None or now is None or now.cpu != before.cpu:
-        return requested
-    if after.switches > before.switches + 1:
+    if requested is None or before is None or not slept or now is None or now.cpu != before.cpu:
         return requested
     elapsed = int((now.since - before.since) * 1e6) - MARGIN
     return max(0, requested - max(0, elapsed))

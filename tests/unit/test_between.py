@@ -13,8 +13,8 @@ import pytest
 from unit.children import ended, wait_for
 from unit.moving import Move, Moving
 
+from agent import inventory
 from agent.api import MoveOptions
-from agent.freeze import FrozenProcess
 from agent.kernel import clone, procfs
 
 # Does what the file "command" says, and says that it did; counts, and tells of each signal.
@@ -222,7 +222,7 @@ def test_asleep_where_nothing_interrupts_it(obeyer: Obeyer, monkeypatch: pytest.
 
     The freeze gives up in time, the roll back still ends in a report.
     """
-    monkeypatch.setattr(FrozenProcess, "check_settings", lambda _: None)
+    monkeypatch.setattr(inventory, "lasting_blockers", lambda *_: [])
 
     def wait(move: Move, state: str) -> None:
         if state == "freezing":

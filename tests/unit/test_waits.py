@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+import subprocess
+import time
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from unit.children import compiled, wait_for
 
+from agent.kernel import procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
 from agent.resources import waits
 from agent.resources.waits import MARGIN, Asleep
+from agent.tracee import stop
 
 RESTART = (1 << 64) - arch.ERESTART_RESTARTBLOCK
 SECOND = 1_000_000_000
@@ -80,15 +84,8 @@ REQUESTED = 10 * SECOND
 
 def remaining(registers: Registers, slept: float, **memory: bytes) -> int | None:
     """`slept` seconds after the thread went to sleep and was then stopped."""
-    return remaining_after(registers, slept, 1, memory)
-
-
-def remaining_after(
-    registers: Registers, slept: float, switches: int, memory: Mapping[str, bytes]
-) -> int | None:
-    before, after = Asleep(1000.0, 5), Asleep(1000.0 + slept * 1000, 5 + switches)
     now = Asleep(1000.0 + slept * 1000, 0)
-    return waits.remaining_ns(registers, Memory(**memory), before, after, now)  # type: ignore[arg-type]
+    return waits.remaining_ns(registers, Memory(**memory), Asleep(1000.0, 5), True, now)  # type: ignore[arg-type]
 
 
 CALLS: dict[str, tuple[Registers, dict[str, bytes]]] = {
@@ -113,10 +110,9 @@ def test_the_rest_of_a_wait_never_ends_early(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_where_the_beginning_is_not_known_it_is_the_whole_time(name: str) -> None:
     registers, memory = CALLS[name]
-    assert remaining_after(registers, 5.0, 2, memory) == REQUESTED  # woken in between
     space = Memory(**memory)
     some = Asleep(1.0, 1)
-    for known in ((None, some, some), (some, None, some), (some, some, None)):
+    for known in ((None, True, some), (some, False, some), (some, True, None)):
         assert waits.remaining_ns(registers, space, *known) == REQUESTED  # type: ignore[arg-type]
 
 
@@ -218,9 +214,9 @@ def test_nothing_is_made_up() -> None:
 def test_a_time_is_told_by_the_clock_of_its_cpu() -> None:
     """Those of two CPUs drift apart without bound."""
     registers = interrupted(arch.NR_poll)
-    before, after = Asleep(1000.0, 5, cpu=0), Asleep(2000.0, 6, cpu=1)
-    requested = waits.remaining_ns(registers, Memory(), before, after, None)  # type: ignore[arg-type]
-    elsewhere = waits.remaining_ns(registers, Memory(), before, after, Asleep(2000.0, 0, cpu=1))  # type: ignore[arg-type]
+    before = Asleep(1000.0, 5, cpu=0)
+    requested = waits.remaining_ns(registers, Memory(), before, True, None)  # type: ignore[arg-type]
+    elsewhere = waits.remaining_ns(registers, Memory(), before, True, Asleep(2000.0, 0, cpu=1))  # type: ignore[arg-type]
     assert requested == elsewhere == waits.requested_ns(registers, Memory())  # type: ignore[arg-type]
 
 
@@ -232,3 +228,68 @@ def test_the_clocks_of_all_our_cpus() -> None:
     later = waits.clocks(cpus)
     assert all(later[cpu].since >= found[cpu].since for cpu in cpus)
     assert waits.clocks([max(cpus) + 4000]) == {}
+
+
+# --- who slept ---
+
+SLEEPER_AND_OTHERS = r"""
+#include <pthread.h>
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+#include <sys/syscall.h>
+static void *spin(void *none)
+{
+    for (volatile long n = 0;; n++)
+        ;
+    return none;
+}
+static void *nap(void *none)
+{
+    for (;;)
+        nanosleep(&(struct timespec){0, 100000}, NULL);
+    return none;
+}
+int main(void)
+{
+    pthread_t thread;
+    pthread_create(&thread, NULL, spin, NULL);
+    pthread_create(&thread, NULL, nap, NULL);
+    puts("ready");
+    fflush(stdout);
+    pause();
+}
+"""
+
+
+def test_who_slept_until_it_was_stopped() -> None:
+    """Not one that ran, however short, and not one that was on a CPU when it was looked at."""
+    program = subprocess.Popen(
+        [compiled(SLEEPER_AND_OTHERS, "-pthread")], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
+    )
+    try:
+        assert program.stdout is not None and program.stdout.readline() == b"ready\n"
+        pid = program.pid
+        wait_for(lambda: procfs.stat(pid).state == "S", "the first thread to sleep")
+        tids = procfs.threads(pid)
+        sleepers = waits.Sleepers(tids)
+        napped = waits.observe(tids[2])
+        assert napped is not None
+
+        def has_napped() -> bool:
+            now = waits.observe(tids[2])
+            return now is not None and now.switches > napped.switches
+
+        wait_for(has_napped, "the third thread to have run")
+        for tid in tids:
+            ptrace.seize(tid)
+        stop(tids, time.monotonic() + 10)
+        slept = sleepers.slept()
+        for tid in tids:
+            ptrace.detach(tid)
+        assert slept == {pid}
+        sleepers.close()
+        assert sleepers.slept() == frozenset()  # nothing is known without its files
+    finally:
+        program.kill()
+        program.communicate()

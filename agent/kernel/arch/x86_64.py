@@ -25,6 +25,7 @@ NR_rt_sigaction: Final = 13
 NR_mremap: Final = 25
 NR_mincore: Final = 27
 NR_madvise: Final = 28
+NR_waitid: Final = 247
 NR_dup3: Final = 292
 NR_getitimer: Final = 36
 NR_setitimer: Final = 38

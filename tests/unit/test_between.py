@@ -8,13 +8,14 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from unit.children import ended, wait_for
 from unit.moving import Move, Moving
 
 from agent import inventory
-from agent.api import MoveOptions
+from agent.api import Blocker, MoveOptions
 from agent.kernel import clone, procfs
 
 # Does what the file "command" says, and says that it did; counts, and tells of each signal.
@@ -69,7 +70,10 @@ static void obey(const char *word, char **arguments, int file)
         pwrite(file, "other", 5, 0);
     else if (!strcmp(word, "map"))
         map_anew();
-    else if (!strcmp(word, "vfork") && !vfork()) {
+    else if (!strcmp(word, "fork") && !fork()) {
+        usleep(1500000);
+        _exit(0);
+    } else if (!strcmp(word, "vfork") && !vfork()) {
         usleep(1500000);
         _exit(0);
     }
@@ -214,6 +218,30 @@ def test_a_child_that_ends_soon(obeyer: Obeyer) -> None:
 
     move = Move(obeyer, MoveOptions(), fork)
     assert move.migrated
+    obeyer.progress()
+
+
+@pytest.mark.parametrize(("word", "kind"), [("fork", "child-processes"), ("seccomp", "seccomp")])
+def test_what_comes_after_the_last_look_and_before_the_stop(
+    obeyer: Obeyer, monkeypatch: pytest.MonkeyPatch, word: str, kind: str
+) -> None:
+    """It is asked once more in the freeze, of those threads that have run since."""
+    original, armed = inventory.lasting_blockers, list[bool]()
+
+    def look(*arguments: Any) -> list[Blocker]:
+        found = original(*arguments)
+        if armed and armed.pop():
+            obeyer.tell(word)
+            if word == "fork":
+                wait_for(lambda: bool(procfs.children(obeyer.pid)), "the child")
+            else:
+                wait_for(lambda: f"did {word}" in obeyer.lines(), "the filter")
+        return found
+
+    monkeypatch.setattr(inventory, "lasting_blockers", look)
+    move = Move(obeyer, MoveOptions(), lambda _, state: armed.append(True) if state == "freezing" else None)
+    move.rolled_back(kind, "source")
+    assert not armed
     obeyer.progress()
 
 

@@ -1,8 +1,9 @@
-"""How one of our own modules is started as another process of the same installation."""
+"""How one of our own modules is started as another process of the same installation, and what it needs."""
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -16,3 +17,12 @@ def module(name: str) -> tuple[list[str], dict[str, str]]:
     """
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
     return [sys.executable, "-P", "-m", name], {**os.environ, "PYTHONPATH": path}
+
+
+def raise_descriptor_limit() -> None:
+    """As many descriptors as we may have: the freeze needs one for each socket and thread that is moved.
+
+    What a session of sshd starts with is often 1,024.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import signal
 import socket
 import struct
@@ -20,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from agent import launch
 from agent.kernel import clone, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
@@ -126,8 +126,7 @@ def _reaper(wanted: Wanted, seed: bytes, theirs: socket.socket, channel_fd: int)
 def _child(wanted: Wanted, seed: bytes, theirs: socket.socket, channel_fd: int) -> None:
     if wanted.session_leader:
         os.setsid()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    launch.raise_descriptor_limit()
     _default_signals()
     theirs.send(b"h")
     if theirs.recv(1) != b"g":

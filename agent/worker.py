@@ -22,6 +22,7 @@ from typing import Final
 
 import msgspec
 
+from agent import launch
 from agent.api import Event, Log, Progress, Request
 
 # room for thousands of events; what an unprivileged process may ask for (pipe(7))
@@ -100,6 +101,7 @@ def main() -> int:
     os.dup2(2, 1)  # standard output is nobody's: a stray print goes where people look
     events = EventPipe(events_fd)
     abort = Abort(events)
+    launch.raise_descriptor_limit()
     from agent import source  # after the handlers: the front may signal from now on
 
     line = sys.stdin.buffer.readline()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
 from collections.abc import Iterator
 
 import msgspec
 import pytest
+from unit.children import wait_for
 
+from agent import launch
 from agent.api import Event, Log, Progress, StateChanged
+from agent.kernel import procfs
 from agent.worker import EventPipe
 
 PROGRESS = Progress(round=1, pages_done=1, pages_total=2, bytes_sent=3, rate=4.0, estimated_pause_ms=None)
@@ -100,3 +105,26 @@ def test_a_reader_that_is_gone_is_noticed_and_harmless() -> None:
     events.emit(StateChanged(state="freezing"))
     events.flush()
     os.close(writing)
+
+
+@pytest.mark.parametrize("module", [("agent.worker", "3", "4"), ("agent.main", "destination")])
+def test_the_engines_may_have_as_many_descriptors_as_anybody(module: tuple[str, ...]) -> None:
+    """sshd's sessions often begin with 1,024, and one of a thousand connections has more."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    command, environment = launch.module(module[0])
+    reading, writing = os.pipe()
+    shell = f'ulimit -S -n 64; exec 3<&{reading} 4>&{writing}; exec "$@"'
+    engine = subprocess.Popen(
+        ["bash", "-c", shell, "bash", *command, *module[1:]],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(reading, writing),
+    )
+    try:
+        wait_for(lambda: procfs.limits(engine.pid)[resource.RLIMIT_NOFILE] == (hard, hard), "its limit")
+    finally:
+        engine.communicate()
+        os.close(reading)
+        os.close(writing)

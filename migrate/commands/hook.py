@@ -13,6 +13,7 @@ from agent.api import Log, SshOptions
 from agent.hook_api import Drain, DrainReport
 from migrate import job
 from migrate.client import Agent, Level, absolute
+from migrate.errors import Failure
 from migrate.options import HOST, Common, common_options
 from migrate.plan import command, show
 from migrate.plan.drain import DrainWatch
@@ -64,7 +65,14 @@ def drain(
         dry_run=dry_run,
     )
     with command.Audience(common) as audience:
-        report = asyncio.run(_drain(host, wanted, command.reached_by(plan, common), audience))
+        try:
+            report = asyncio.run(_drain(host, wanted, command.reached_by(plan, common), audience))
+        except Failure as failure:
+            if not common.json:
+                raise
+            # not begun; for a scheduler it is still what became of its drain
+            job.print_json(DrainReport(outcome="refused", host=str(host), processes=(), error=failure.info))
+            sys.exit(failure.code)
     if common.json:
         job.print_json(report)
     else:

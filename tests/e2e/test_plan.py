@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from e2e.support import (
@@ -25,6 +26,8 @@ from e2e.support import (
 )
 from lab.fixture import until
 from programs.status import BUILD, wait_for_status
+
+from agent.hook_api import DrainReport
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -359,8 +362,10 @@ def test_a_host_emptied_from_elsewhere(three: Hosts, beats: Beats, place: Place)
     again = three.ask("client", "migrate", "hook", "drain", "beta", "--plan", file, timeout=240)
     assert again.returncode == DONE and "are not covered by the plan" in again.stdout
     nowhere = three.ask("client", "migrate", "hook", "drain", "nowhere", "--plan", file, "--json")
-    kind = json.loads(nowhere.stdout)["error"]["kind"]
-    assert (nowhere.returncode, kind) == (UNREACHABLE, "host-not-found")
+    assert nowhere.returncode == UNREACHABLE
+    unreached = msgspec.json.decode(nowhere.stdout, type=DrainReport)
+    assert (unreached.host, unreached.outcome, unreached.processes) == ("nowhere", "refused", ())
+    assert unreached.error is not None and unreached.error.kind == "host-not-found"
 
 
 # The examples.

@@ -174,12 +174,13 @@ def apply(sock: socket.socket, values: Mapping[str, bytes], when: When, listener
     """
     if values.keys() - OPTIONS.keys():
         raise ValueError(f"unknown socket options {sorted(values.keys() - OPTIONS.keys())}")
-    fresh = _fresh(_network_namespace(sock), sock.family)
+    unlike = _unlike(_network_namespace(sock), sock.family)
+    wanted = values.keys() | unlike.keys() | ({"SO_PRIORITY"} if "IP_TOS" in values else set())
     for name, option in OPTIONS.items():
-        value = values.get(name, option.default)
-        if option.when != when or (option.listener_only and not listener):
+        if name not in wanted or option.when != when or (option.listener_only and not listener):
             continue
-        if fresh.get(name, option.default) != value or (name == "SO_PRIORITY" and "IP_TOS" in values):
+        value = values.get(name, option.default)
+        if unlike.get(name, option.default) != value or (name == "SO_PRIORITY" and "IP_TOS" in values):
             put(sock, name, value)
 
 
@@ -205,6 +206,13 @@ def _fresh(_namespace: bytes, family: int) -> dict[str, bytes]:
     with socket.socket(family, socket.SOCK_STREAM) as fresh:
         values = {name: get(fresh, option) for name, option in OPTIONS.items()}
     return {name: value for name, value in values.items() if value is not None}
+
+
+@functools.cache
+def _unlike(namespace: bytes, family: int) -> dict[str, bytes]:
+    """What of a new socket is not the kernel's default."""
+    fresh = _fresh(namespace, family)
+    return {name: value for name, value in fresh.items() if value != OPTIONS[name].default}
 
 
 @functools.cache

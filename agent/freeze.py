@@ -30,6 +30,7 @@ from agent.rounds import Pending, Rounds, unpaced
 from agent.state import ThreadState
 from agent.tracee import stop, wait_event_stop
 from agent.unmovable import NotStill, Unmovable
+from agent.visit import Pause
 from transport.frames import LinkClosed
 
 _ATTEMPTS: Final = 20
@@ -289,6 +290,7 @@ class FrozenProcess:
         if tid in self._rounds.tracee.adrift:  # it is on its own way back, and its registers are its own
             ptrace.interrupt(tid)
             wait_event_stop(tid, deadline)
+            Pause(tid, self._rounds.memory)  # that was one more stop, which does not show
             return
         try:
             ptrace.set_registers(tid, self._registers(tid))

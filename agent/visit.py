@@ -286,6 +286,7 @@ def _let_go(caller: Caller, pause: Pause) -> None:
     with contextlib.suppress(ProcessLookupError, TimeoutError):  # it has ended; it is let go when we end
         if pause.tid in caller.adrift:
             _stop_again(pause.tid)
+            Pause(pause.tid, caller.memory)  # that was one more stop, which does not show either
         else:
             pause.put_back()
             caller.sweep()

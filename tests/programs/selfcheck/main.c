@@ -143,6 +143,8 @@ static void usage(void)
 {
     fputs("usage: selfcheck [--dir DIR] [--status FILE] [--log FILE] [--fifo FILE] [--threads N]\n"
           "                 [--megabytes N] [--seconds S] [--max-gap S] [--break-after S KIND | --list-breaks]\n"
+          "                 [--interruptible]\n"
+          "--interruptible: the first thread's sigtimedwait may fail with EINTR, as after SIGSTOP and SIGCONT.\n"
           "SIGUSR1 prints the status and starts a new window for the longest gap; SIGTERM ends: 0 means no complaint.\n",
           stderr);
     exit(2);
@@ -152,6 +154,7 @@ struct plan {
     double seconds, break_after;
     const struct breaker *breaker;
     const char *status, *log;
+    bool interruptible;
 };
 
 static void parse(int count, char **arguments, struct plan *plan)
@@ -159,7 +162,7 @@ static void parse(int count, char **arguments, struct plan *plan)
     static const struct option known[] = {
         {"dir", 1, 0, 'd'},       {"status", 1, 0, 's'},  {"log", 1, 0, 'l'},     {"fifo", 1, 0, 'f'},
         {"threads", 1, 0, 't'},   {"seconds", 1, 0, 'e'}, {"max-gap", 1, 0, 'g'}, {"break-after", 1, 0, 'b'},
-        {"megabytes", 1, 0, 'm'}, {"list-breaks", 0, 0, 'L'}, {0},
+        {"megabytes", 1, 0, 'm'}, {"list-breaks", 0, 0, 'L'}, {"interruptible", 0, 0, 'i'}, {0},
     };
     for (int option; (option = getopt_long(count, arguments, "", known, NULL)) != -1;)
         switch (option) {
@@ -178,6 +181,7 @@ static void parse(int count, char **arguments, struct plan *plan)
             plan->breaker = find_breaker(arguments[optind++]);
             break;
         case 'L': list_breakers(); break;
+        case 'i': plan->interruptible = true; break;
         default: usage();
         }
     if (optind != count || options.threads < 1 || options.threads > 32 || options.megabytes < 8)
@@ -199,7 +203,7 @@ static void attend(const struct plan *plan)
         double now = seconds_of(CLOCK_MONOTONIC);
         if (number == SIGTERM || number == SIGINT || (plan->seconds > 0 && now - begin > plan->seconds))
             return;
-        if (number < 0 && errno != EAGAIN)
+        if (number < 0 && errno != EAGAIN && !(errno == EINTR && plan->interruptible))
             complain("main", "sigtimedwait: %s", strerror(errno));
         if (number == SIGUSR1) {
             status_finish();

@@ -253,15 +253,16 @@ class Rounds:
         flags = self._background.submit(self._read_flags)
         self.link.send(protocol.RoundEnd(number))
         self.link.expect(protocol.RoundDone)
-        self._note_flags(*flags.result())
+        done_at = time.monotonic()
         # what was in buffers when all was sent counts too: it is the time until the last byte was dealt with
-        self.encoder.observe(self.link.bytes_sent - bytes_before, sending + time.monotonic() - sent_at)
+        self.encoder.observe(self.link.bytes_sent - bytes_before, sending + done_at - sent_at)
+        self._note_flags(*flags.result())
         round_ = Round(
             number=number,
             pages_sent=sent,
             pages_discarded=discarded,
             bytes=self.link.bytes_sent - bytes_before,
-            seconds=round(time.monotonic() - began, 4),
+            seconds=round(done_at - began, 4),
             dirty_rate=round(dirty_rate, 1),
         )
         self.history.append(round_)

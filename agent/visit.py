@@ -284,13 +284,15 @@ def _pause_one(caller: Caller) -> Pause:
 def _let_go(caller: Caller, pause: Pause) -> None:
     """Resume the thread as if nothing had happened. One that is on its own way back just goes on."""
     with contextlib.suppress(ProcessLookupError, TimeoutError):  # it has ended; it is let go when we end
-        if pause.tid in caller.adrift:
-            _stop_again(pause.tid)
-            Pause(pause.tid, caller.memory)  # that was one more stop, which does not show either
-        else:
-            pause.put_back()
-            caller.sweep()
-        ptrace.detach(pause.tid)
+        try:
+            if pause.tid in caller.adrift:
+                _stop_again(pause.tid)
+                Pause(pause.tid, caller.memory)  # that was one more stop, which does not show either
+            else:
+                pause.put_back()
+                caller.sweep()
+        finally:
+            ptrace.detach(pause.tid)
 
 
 def _stop_again(tid: int) -> None:

@@ -21,7 +21,6 @@ UFFDIO_REGISTER_MODE_WP: Final = 1 << 1
 
 UFFDIO_API: Final = 0xC018AA3F
 UFFDIO_REGISTER: Final = 0xC020AA00
-UFFDIO_UNREGISTER: Final = 0x8010AA01
 UFFDIO_WRITEPROTECT: Final = 0xC018AA06
 
 WANTED_FEATURES: Final = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
@@ -55,10 +54,6 @@ def unprotect(fd: int, start: int, end: int) -> bool:
             return False
         raise
     return True
-
-
-def unregister(fd: int, start: int, end: int) -> None:
-    fcntl.ioctl(fd, UFFDIO_UNREGISTER, struct.pack("<QQ", start, end - start))
 
 
 def available() -> bool:

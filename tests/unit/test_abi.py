@@ -182,21 +182,24 @@ def test_ioctls(probe: Probe) -> None:
             "scan": "_IOWR('f', 16, struct scan_arg)",
             "api": "(unsigned)UFFDIO_API",
             "register": "(unsigned)UFFDIO_REGISTER",
-            "unregister": "(unsigned)UFFDIO_UNREGISTER",
+            "protect": "(unsigned)UFFDIO_WRITEPROTECT",
             "api_size": "sizeof(struct uffdio_api)",
             "register_size": "sizeof(struct uffdio_register)",
             "range_size": "sizeof(struct uffdio_range)",
+            "protect_size": "sizeof(struct uffdio_writeprotect)",
             "register_mode": "offsetof(struct uffdio_register, mode)",
+            "protect_mode": "offsetof(struct uffdio_writeprotect, mode)",
         },
     )
     assert kernel["scan"] % (1 << 32) == pagemap.PAGEMAP_SCAN
     assert ctypes.sizeof(pagemap.PmScanArg) == 96
     assert pagemap.PmScanArg.category_inverted.offset == 64
     assert pagemap.PmScanArg.return_mask.offset == 88
-    ours = (userfaultfd.UFFDIO_API, userfaultfd.UFFDIO_REGISTER, userfaultfd.UFFDIO_UNREGISTER)
-    assert (kernel["api"], kernel["register"], kernel["unregister"]) == ours
+    ours = (userfaultfd.UFFDIO_API, userfaultfd.UFFDIO_REGISTER, userfaultfd.UFFDIO_WRITEPROTECT)
+    assert (kernel["api"], kernel["register"], kernel["protect"]) == ours
     assert (kernel["api_size"], kernel["register_size"], kernel["range_size"]) == (24, 32, 16)
-    assert kernel["register_mode"] == 16
+    assert kernel["protect_size"] == 24
+    assert kernel["register_mode"] == kernel["protect_mode"] == 16
 
 
 # the order of sigreturn_frame's registers, and where each is in struct sigcontext

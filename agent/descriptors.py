@@ -106,6 +106,7 @@ class Rebuilding:
         self.agreed: set[str] = set()  # paths of opened files that were compared before anything was touched
         self.filled: set[tuple[str, int]] = set()
         self.sockets: list[tuple[int, Any]] = []  # rebuilt TCP sockets, locked, with their states
+        self.placed: dict[int, int] = {}  # their descriptors in the process
 
     def close(self) -> None:
         for fds in self.shared.values():

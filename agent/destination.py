@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from agent import inventory, protocol
+from agent import inventory, journal, protocol
 from agent.api import Blocker, Notice
 from agent.clocks import boottime_ns
 from agent.descriptors import Rebuilding, Refusal
 from agent.finishing import Finish
+from agent.journal import Arrival, Entry, Overtaken, Rest, Socket, Task
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE
 from agent.layout import Mapping, find_gap
@@ -34,6 +35,7 @@ from agent.protocol import Link, Pages, PeerFailed
 from agent.resources import files as file_resource
 from agent.resources import identity
 from agent.resources.files import FileRef, IncomingFile
+from agent.server.store import new_id
 from agent.shadow import Shadow
 from agent.spawn import Wanted, spawn
 from agent.tracee import SCRATCH_SIZE
@@ -100,7 +102,7 @@ class Incoming:
         self.context = Rebuilding()
         self.prepare_message: protocol.Prepare | None = None
         self.rebuild: protocol.Rebuild | None = None
-        self.live = False
+        self._entry: Entry[Arrival] | None = None
         self._late: list[Notice] = []
         # of files that we have for ourselves, when compared
         self._stamps: dict[str, tuple[int, int, int] | None] = {}
@@ -206,10 +208,19 @@ class Incoming:
             frozenset(offer.tids),
         )
         self.shadow = Shadow(spawn(wanted, seed, _CHANNEL_FD))
+        self._entry = Entry.begin(
+            offer.migration or new_id(),
+            "held",
+            Arrival(process=Task.of(self.shadow.pid), agent=Task.of(os.getpid())),
+        )
         self.shadow.settle(offer.pid, code, seed_at, offer.specials, message.layout)
         self.shadow.make_threads(offer.tids)  # in the freeze only what changed
         self.link.send(
-            protocol.Prepared(pid=self.shadow.pid, new_pid_namespace=self.shadow.new_pid_namespace)
+            protocol.Prepared(
+                pid=self.shadow.pid,
+                new_pid_namespace=self.shadow.new_pid_namespace,
+                boot=journal.boot_id(),
+            )
         )
 
     @property
@@ -270,6 +281,7 @@ class Incoming:
     def _rebuild(self, message: protocol.Rebuild) -> None:
         gc.disable()
         self.rebuild = message
+        self._leave_stopped = message.leave_stopped
         for path, stamp in self._stamps.items():
             if file_resource.stamp(path) != stamp:
                 raise Refusal("file-changed", f"{path} was written to during the migration")
@@ -302,6 +314,20 @@ class Incoming:
         notices = self._finishing.end(message)
         self._handlers = {protocol.Verify: self._verify}
         self.link.send(protocol.Ready(phases=self._phases.taken(), notices=tuple(notices)))
+        self._journal.put_rest(self._rest())
+
+    def _rest(self) -> Rest:
+        """What somebody else has to do if we die in the commit."""
+        return Rest(
+            leave_stopped=self._leave_stopped,
+            sockets=tuple(Socket(self.context.placed[fd], state) for fd, state in self.context.sockets),
+            addresses=tuple(self.network.places),
+        )
+
+    @property
+    def _journal(self) -> Entry[Arrival]:
+        assert self._entry is not None
+        return self._entry
 
     @property
     def _delta(self) -> int:
@@ -316,15 +342,24 @@ class Incoming:
         )
 
     def _commit(self, message: protocol.Commit) -> None:
-        """From here on there is no way back: whatever fails is said, and the process lives."""
+        """From here on there is no way back: whatever fails is said, and the process lives.
+
+        Overtaken if the source has settled it otherwise. If we die, the shadow does as long as no peer can
+        have heard of it; from "released" on it waits, stopped, for somebody to do the rest (`agent.settle`).
+        """
         assert self.rebuild is not None
         phases = Phases("destination")
-        self._late = self.network.take_over(self.context.sockets)
-        self._late += self._built.queue_signals(message.signals)
+        self._journal.to("committed")
+        self._late = self._built.queue_signals(message.signals)
+        if not self._built.outlive_us():
+            self._leave_stopped = True
+            self._journal.put_rest(self._rest())
+        self._journal.to("released")
+        self._late += self.network.take_over(self.context.sockets)
         phases.mark("take over network")
         self._wait_for_clock(self.rebuild.monotonic_at_freeze)
-        self._built.release(self.rebuild.leave_stopped)
-        self.live = True
+        self._built.release(self._leave_stopped)
+        self._journal.to("live")
         phases.mark("resume")
         self.link.send(protocol.Live(phases=phases.taken(), address_moved=self.network.moved))
         self._let_go()  # our duplicates would keep open what it closes
@@ -344,16 +379,31 @@ class Incoming:
             except (OSError, ValueError) as error:
                 self._late.append(Notice(kind="network", message=f"packets of the pause: {error}"))
             last = message.last
+        self._journal.remove()  # the source copy is gone, so nobody will ask
         self.link.send(protocol.Done(notices=tuple(self._late)))
         self.network.announce_again()
 
     def close(self) -> None:
-        """Roll back what is not live; close what is ours. Rebuilt sockets, under repair, close silently."""
-        if self.shadow is not None and not self.live:
+        """Roll back what is not committed; close what is ours. Rebuilt sockets, under repair, close
+        silently.
+        """
+        if self.shadow is not None and not self._lasts():
             self.shadow.destroy()
+            if self._entry is not None:
+                self._entry.remove()
         self._let_go()
         self.network.close()
         self.link.close()
+
+    def _lasts(self) -> bool:
+        """Whether it lives, or will. What is not committed never will be."""
+        if self._entry is None:
+            return False
+        if self._entry.state in ("held", "committed"):
+            with contextlib.suppress(Overtaken):  # void already
+                self._entry.to("void")
+            return False
+        return True
 
     def _let_go(self) -> None:
         """Close our duplicates of what the process has open. Idempotent."""
@@ -395,5 +445,3 @@ def _cpu_blockers(offer: protocol.Offer) -> list[Blocker]:
 
 def _notices(offer: protocol.Offer) -> list[Notice]:
     return identity.limit_notices(offer.limits)
-
-

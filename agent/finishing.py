@@ -88,6 +88,9 @@ class Finish:
     def _place(self, executable: int) -> int:
         """All descriptors to the shadow; the number under which it has the executable for the moment."""
         keep = {fd for fd, _ in self._context.sockets}
+        for fd, descriptor in zip(self._ours, self._descriptors, strict=True):
+            if fd in keep:
+                self._context.placed[fd] = descriptor.numbers[0][0]
         try:
             received = self._shadow.receive([*self._ours, executable])
         finally:

@@ -1,8 +1,8 @@
 """The frozen source: stopped, locked, captured — and thawed or buried.
 
-Until `commit` the tasks are held by plain PTRACE_SEIZE: if we die the kernel lets them run. `commit` sets
-EXITKILL on every one: from then on our death is theirs, never their resumption (docs/architecture.md,
-"Exactly one live copy").
+Until `commit` the tasks are held by plain PTRACE_SEIZE: if we die the kernel lets them run. From then on
+our death leaves them stopped, until it is known what became of the copy (docs/architecture.md, "Exactly one
+live copy").
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from agent import capture, inventory, kinds, protocol
+from agent import capture, hold, inventory, kinds, protocol
 from agent.api import Blocker, MoveOptions, Round
 from agent.descriptors import SourceProcess, open_files
+from agent.journal import Departure, Entry
 from agent.kernel import procfs, ptrace
 from agent.kernel.arch.x86_64 import Registers
 from agent.network import SourceNetwork
@@ -38,7 +39,6 @@ _DESCRIPTORS_A_MESSAGE: Final = 100
 _THREADS_A_MESSAGE: Final = 50
 _RETRY_SECONDS: Final = 0.01
 _UNINTERRUPTIBLE_SECONDS: Final = 5.0  # that a rollback waits for a task to stop; it is let go when we end
-
 
 
 class FrozenProcess:
@@ -306,17 +306,20 @@ class FrozenProcess:
         pending = signals.pending_of_process(self.pid) + signals.pending_of_thread(tid)
         return threads.settled_registers(tid, self._rounds.memory, signals.mask_of(pending))
 
-    def commit(self, send: Callable[[], None]) -> None:
-        """The point of no return on this host: `send` sends COMMIT. If it raises, nothing was committed."""
-        for tid in self.tids:
-            ptrace.set_options(tid, ptrace.PTRACE_O_EXITKILL)
+    def commit(self, journal: Entry[Departure], send: Callable[[], None]) -> None:
+        """The point of no return on this host: `send` sends COMMIT. LinkClosed if nothing was committed."""
+        journal.to("committed")  # before it is held: who finds it held must know why
         self.committed = True
         try:
+            ours = hold.put(self.pid)
+            if ours:
+                self._queued[0].update(hold.pending(self.pid))  # not for the destination
             send()
         except LinkClosed:  # not all of it left this host, so it was never understood
+            if ours:
+                hold.lift(self.pid)
             self.committed = False
-            for tid in self.tids:
-                ptrace.set_options(tid, 0)
+            journal.to("open")
             raise
 
     def bury(self) -> None:
@@ -330,17 +333,14 @@ class FrozenProcess:
         self._process.forget_duplicates()
 
     def leave_in_doubt(self) -> None:
-        """Nobody knows whether the other copy lives: this one stays stopped until a person decides.
+        """Nobody knows whether the other copy lives: this one stays stopped until `agent.recovery` does.
 
         Its sockets stay locked and under repair, so that they are silent even if it is killed.
         """
-        self._network.give_up()
-        os.kill(self.pid, signal.SIGSTOP)
-        for tid in self.tids:
-            ptrace.set_options(tid, 0)
-            if self.facts is not None:
-                ptrace.set_registers(tid, self.facts.registers[tid])
-            ptrace.detach(tid)
+        with contextlib.ExitStack() as steps:
+            for tid in self.tids:
+                steps.callback(self._resume, tid, time.monotonic())  # as far as to the SIGSTOP
+            steps.callback(self._network.give_up)
         self.tids.clear()
 
 
@@ -357,4 +357,3 @@ def _reap(tid: int) -> None:
                 return
     except ChildProcessError:
         return
-

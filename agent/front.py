@@ -148,15 +148,20 @@ def _abort_reason(line: bytes) -> str | None:
     return str(message.get("reason") or "aborted by request")
 
 
-async def serve(reading: int, writing: int, worker: tuple[list[str], dict[str, str]] | None = None) -> int:
-    """One migration: a Request from `reading`, Events to `writing`. The exit status.
+async def serve(
+    reading: int,
+    writing: int,
+    worker: tuple[list[str], dict[str, str]] | None = None,
+    name: str | None = None,
+) -> int:
+    """One migration, `name`: a Request from `reading`, Events to `writing`. The exit status.
 
     `worker` is the command and environment of the engine's process, if not our own.
     """
     writer = EventWriter(writing)
     incoming = Input(reading)
     try:
-        supervisor = Supervisor(await incoming.request, writer.write, worker)
+        supervisor = Supervisor(await incoming.request, writer.write, worker, name)
         handle_signals(supervisor)
         incoming.abort.add_done_callback(lambda future: supervisor.abort(future.result()))
         await supervisor.run()

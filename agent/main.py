@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Literal
 
 import click
 
@@ -52,7 +53,8 @@ def connect() -> None:
 
 
 @main.command()
-def source() -> None:
+@click.option("--name", help="The migration's, for the journals of both hosts; a new one otherwise.")
+def source(name: str | None) -> None:
     """Check or move a process of this host: a Request on standard input, Events on standard output.
 
     The service starts one for each. The end of standard input, a line {"abort": true}, SIGTERM, SIGINT or
@@ -62,7 +64,7 @@ def source() -> None:
 
     from agent.front import serve
 
-    sys.exit(asyncio.run(serve(0, 1)))
+    sys.exit(asyncio.run(serve(0, 1, name=name)))
 
 
 @main.command()
@@ -113,6 +115,39 @@ def cleanup(pid: int, resume: bool) -> None:
     from agent import cleanup as cleaning
 
     sys.exit(cleaning.run(pid, resume=resume))
+
+
+@main.command()
+@click.argument("migration")
+@click.option(
+    "--live",
+    type=click.Choice(["source", "destination"]),
+    help="Where it lives, if you know it and the destination cannot be asked. A wrong word makes two of one.",
+)
+def recover(migration: str, live: Literal["source", "destination"] | None) -> None:
+    """Put in order what is left of MIGRATION on this host, its source.
+
+    What was not committed is undone. If it was, the destination is asked, and the process goes on here or its
+    copy here is killed. Agents do this by themselves. Exits with 75 while it is in doubt or an agent works
+    on it.
+    """
+    from agent import recovery
+
+    sys.exit(recovery.main(migration, live))
+
+
+@main.command()
+@click.argument("migration")
+@click.option("--boot", default="", metavar="ID", help="The boot id that this host had when it began.")
+def settle(migration: str, boot: str) -> None:
+    """Say what became of MIGRATION on this host, its destination; the answer holds from then on.
+
+    The source's agent runs this over SSH when it has lost the link. A shadow that was not committed is
+    removed.
+    """
+    from agent import settle as settling
+
+    sys.exit(settling.main(migration, boot))
 
 
 @main.command()

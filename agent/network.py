@@ -194,6 +194,11 @@ class DestinationNetwork:
         return found
 
     @property
+    def places(self) -> list[tuple[ServiceAddress, str]]:
+        """Addresses that come here, each with its interface."""
+        return self._places
+
+    @property
     def moved(self) -> tuple[str, ...]:
         return tuple(address.address for address, _ in self._places)
 
@@ -233,5 +238,3 @@ class DestinationNetwork:
         for one in (self._announcer, self._injector):
             if one is not None:
                 one.close()
-
-

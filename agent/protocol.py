@@ -52,11 +52,12 @@ from transport import frames
 from transport.codec import Decoder
 from transport.frames import Kind, LinkClosed, ProtocolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     version: int = VERSION
+    migration: str = ""  # its name; "": it cannot be asked for later
     host: str
     pid: int
     tids: tuple[int, ...]
@@ -107,6 +108,7 @@ class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
 class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag="prepared"):
     pid: int
     new_pid_namespace: bool
+    boot: str = ""  # the host's boot id, proc_sys_kernel(5)
 
 
 class NewFiles(msgspec.Struct, frozen=True, tag="new-files"):

@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from agent import layout, spawn
+from agent import hold, layout, spawn
 from agent.api import Notice
 from agent.descriptors import Refusal
 from agent.kernel import clone, procfs, ptrace
@@ -439,12 +439,19 @@ class Shadow(Tracee):
                 lost.append(_signal_lost(number, error))
         return lost
 
-    def release(self, leave_stopped: bool) -> None:
-        """Let it live: all threads are detached. With `leave_stopped` it is stopped as by SIGSTOP."""
-        if leave_stopped:
-            os.kill(self.pid, signal.SIGSTOP)
+    def outlive_us(self) -> bool:
+        """From now on our death does not kill it, but leaves it stopped. Whether it is to go on when it is
+        let go.
+        """
+        goes_on = hold.put(self.pid)
         for tid in self.threads.values():
             ptrace.set_options(tid, 0)
+        return goes_on
+
+    def release(self, leave_stopped: bool) -> None:
+        """Let it live: all threads are detached. With `leave_stopped` it is stopped as by SIGSTOP."""
+        if not leave_stopped:
+            hold.lift(self.pid)
         for tid in self.threads.values():
             ptrace.detach(tid)
         self.memory.close()

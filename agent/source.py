@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from agent import inventory, protocol
+from agent import inventory, journal, protocol
 from agent.api import Blocker as ApiBlocker
 from agent.api import (
     Checked,
@@ -41,12 +41,15 @@ from agent.clocks import measure_delta
 from agent.descriptors import SourceProcess
 from agent.dirty_tracking import mechanism
 from agent.freeze import FrozenProcess
+from agent.guardian import Guardian
+from agent.journal import Departure, Entry, Task
 from agent.kernel import procfs
 from agent.network import SourceNetwork
 from agent.precopy import Convergence, Decision, Measured
 from agent.protocol import Link, PeerFailed
 from agent.resources.files import FileRef, read_chunks, stamp
 from agent.rounds import Rounds
+from agent.server.store import new_id
 from agent.unmovable import Unmovable
 from agent.verify import verify
 from transport.codec import Encoder
@@ -70,9 +73,14 @@ class Aborted(Exception):
     """A person, or the one who asked, does not want it any more."""
 
 
-def run(request: Request, link: socket.socket, emit: Emit, aborted: Callable[[], bool]) -> None:
-    """Do what was asked and say how it went: every way out emits exactly one Checked or Finished."""
-    migration = Migration(request, Link(link), emit, aborted)
+def run(
+    request: Request, link: socket.socket, emit: Emit, aborted: Callable[[], bool], name: str | None = None
+) -> None:
+    """Do what was asked and say how it went: every way out emits exactly one Checked or Finished.
+
+    `name` is the migration's, for the journals of both hosts.
+    """
+    migration = Migration(request, Link(link), emit, aborted, name or new_id())
     try:
         migration.run()
     finally:
@@ -82,7 +90,10 @@ def run(request: Request, link: socket.socket, emit: Emit, aborted: Callable[[],
 class Migration:
     """One migration, from the source's point of view."""
 
-    def __init__(self, request: Request, link: Link, emit: Emit, aborted: Callable[[], bool]) -> None:
+    def __init__(
+        self, request: Request, link: Link, emit: Emit, aborted: Callable[[], bool], name: str
+    ) -> None:
+        self.name = name
         self.request = request
         self.options = request.options
         self.link = link
@@ -93,6 +104,8 @@ class Migration:
         self.frozen: FrozenProcess | None = None
         self.rounds: Rounds | None = None
         self.network = SourceNetwork()
+        self._journal: Entry[Departure] | None = None
+        self._guardian: Guardian | None = None
         self.dirty_rate = 0.0  # bytes per second, as last measured
         self._opened: list[FileRef] = []
         self._missing: tuple[str, ...] = ()
@@ -156,6 +169,12 @@ class Migration:
                 step()
             except Exception as error:
                 self.emit(Log(level="error", message=f"rolling back, {what}: {_message(error)}"))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing of this migration is left to be put in order."""
+        if self._journal is not None:
+            self._journal.remove()
 
     def _tell_off(self) -> None:
         with contextlib.suppress(LinkClosed):
@@ -201,6 +220,9 @@ class Migration:
         self.emit(StateChanged(state=state, detail=detail))
 
     def close(self) -> None:
+        if self._guardian is not None:
+            settled = journal.state_of("outgoing", self.name) is None
+            (self._guardian.dismiss if settled else self._guardian.leave)()
         if self.rounds is not None:
             self.rounds.close()
         if self.process is not None:
@@ -260,6 +282,7 @@ class Migration:
         self._opened = inventory.opened_files(found, self.process)
         numbers = inventory.own_numbers(pid, found.tids)
         return protocol.Offer(
+            migration=self.name,
             host=platform.node(),
             pid=numbers[pid],
             tids=tuple(numbers.values()),
@@ -319,9 +342,20 @@ class Migration:
         self.report = msgspec.structs.replace(
             self.report, destination=Endpoint(host=self.report.destination.host, pid=prepared.pid)
         )
-        encoder = Encoder(
-            self.options.compression, self.options.compression_level, self.options.bandwidth
+        self._journal = Entry.begin(
+            self.name,
+            "open",
+            Departure(
+                process=Task.of(self.request.pid),
+                agent=Task.of(os.getpid()),
+                destination=self.request.destination,
+                ssh=self.request.ssh,
+                boot=prepared.boot,
+                addresses=tuple(self.network.addresses),
+            ),
         )
+        self._guardian = Guardian(self.name)
+        encoder = Encoder(self.options.compression, self.options.compression_level, self.options.bandwidth)
         self.rounds = Rounds(self.process, self.link, encoder, found.files)
         self.rounds.sender.drop = _page_to_drop()
         # what the freeze needs is opened and cleaned up now: between the last scan and the freeze each
@@ -420,14 +454,16 @@ class Migration:
                 )
 
     def _commit(self) -> None:
-        assert self.frozen is not None and self.rounds is not None
+        assert self.frozen is not None and self.rounds is not None and self._journal is not None
         frozen = self.frozen
         self._state("committing")
         signals = [*self._signals, *frozen.late_signals(of_threads=False)]
-        frozen.commit(lambda: self.link.send(protocol.Commit(signals)))
+        frozen.commit(self._journal, lambda: self.link.send(protocol.Commit(signals)))
         self.network.withdraw()
         self._send_late(last=False, of_threads=False)
-        live = self.link.expect(protocol.Live, time.monotonic() + 30)
+        # one that hangs is asked again, another way (`agent.recovery`)
+        live = self.link.expect(protocol.Live, time.monotonic() + self.options.freeze_timeout_ms / 1000)
+        self._journal.to("live")
         frozen.phases.mark("commit")
         self.report = msgspec.structs.replace(
             self.report,
@@ -462,7 +498,9 @@ class Migration:
             self.rounds.close()
             self._send_late(last=True)
             self.network.close()
-            return self.link.expect(protocol.Done, time.monotonic() + 30).notices
+            notices = self.link.expect(protocol.Done, time.monotonic() + 30).notices
+            self._forget()
+            return notices
         except (LinkClosed, ProtocolError, PeerFailed, TimeoutError) as error:
             frozen.bury()
             return (Notice(kind="link", message=f"after the process was live: {_message(error)}"),)
@@ -504,7 +542,6 @@ class _Pacer:
                     estimated_pause_ms=self._estimate(now),
                 )
             )
-
 
     def _estimate(self, now: float) -> float | None:
         """The pause if the freeze came right after this round; None while no rate of dirtying is known."""

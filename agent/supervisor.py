@@ -25,11 +25,12 @@ import signal
 import socket
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import msgspec
 
-from agent import launch
+from agent import launch, settlement
 from agent.api import (
     Checked,
     Endpoint,
@@ -43,6 +44,7 @@ from agent.api import (
     StateChanged,
 )
 from agent.kernel import procfs
+from agent.server.store import new_id
 from transport.link import Link, socket_pair
 from transport.link_errors import LinkError
 from transport.process import LINE_LIMIT
@@ -71,9 +73,13 @@ class Supervisor:
         request: Request,
         write: Callable[[Event, bytes], None],
         worker: tuple[list[str], dict[str, str]] | None = None,
+        name: str | None = None,
     ) -> None:
-        """`worker` is the command and environment of the engine's process, if not our own."""
+        """`worker` is the command and environment of the engine's process, if not our own; `name` the
+        migration's.
+        """
         self._request = request
+        self._name = name or new_id()
         self._command, self._environment = worker or launch.module("agent.worker")
         self._write = write
         self._state = ""
@@ -107,6 +113,7 @@ class Supervisor:
             *self._command,
             str(link.fileno()),
             str(writing),
+            self._name,
             stdin=PIPE,
             stdout=2,  # nothing but events may reach our own standard output
             env=self._environment,
@@ -188,6 +195,8 @@ class Supervisor:
             self._last_error = event.message
         elif isinstance(event, Finished):
             event = await self._with_link_reason(event)
+            if event.report.outcome is Outcome.IN_DOUBT:
+                event = await self._settled(event)
         if isinstance(event, Finished | Checked):
             self._finish(event)
         else:
@@ -206,12 +215,31 @@ class Supervisor:
         better = ErrorInfo(kind=reason.kind, message=str(reason), where="link")
         return Finished(report=msgspec.structs.replace(finished.report, error=better))
 
+    async def _settled(self, finished: Finished) -> Finished:
+        """The engine does not know what became of the copy: ask until somebody does."""
+        report = finished.report
+        assert report.error is not None and self._worker is not None
+        self._say_state("in-doubt", report.error.message)
+        await self._worker.wait()
+        done = await settlement.settle(self._name, partial(self._say, "warning"))
+        message = f"{report.error.message}; {done.message}"
+        error = msgspec.structs.replace(report.error, message=message)
+        return Finished(
+            report=msgspec.structs.replace(report, outcome=done.outcome or report.outcome, error=error)
+        )
+
     async def _report_crash(self, worker: Process) -> None:
         """The worker is gone without a report: say what can be known about the two copies."""
         code = worker.returncode or 0
         message = f"the engine's process ended {f'by signal {-code}' if code < 0 else f'with status {code}'}"
         if self._last_error:
             message = f"{message}: {self._last_error}"
+        done = await settlement.settle(self._name, partial(self._say, "warning"))
+        if done.outcome is not None:
+            message = f"{message}; {done.message}"
+            error = ErrorInfo(kind="crash", message=message, where="source")
+            self._finish(Finished(report=self._report(done.outcome, error)))
+            return
         outcome = self._outcome_by_state()
         if outcome is Outcome.ROLLED_BACK and await self._source_is_gone():
             outcome = Outcome.IN_DOUBT
@@ -242,7 +270,7 @@ class Supervisor:
             await cleaning.wait()
         done = output.decode("utf-8", "replace").splitlines()
         if cleaning.returncode == 0:
-            return f"cleaned up ({', '.join(done) or 'nothing was left'})"
+            return f"cleaned up ({', '.join(done) or 'nothing is left'})"
         why = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
         remedy = f"run `migrate-agent cleanup {self._request.pid}` on the source"
         return f"what it left is still there: {why}; {remedy}"
@@ -290,6 +318,11 @@ class Supervisor:
 
     def _on_destination_line(self, line: str) -> None:
         self._say("info", f"{self._request.destination}: {line}")
+
+    def _say_state(self, state: str, detail: str) -> None:
+        self._state = state
+        event = StateChanged(state=state, detail=detail)
+        self._write(event, _encoder.encode(event))
 
     def _say(self, level: str, message: str) -> None:
         event = msgspec.convert({"event": "log", "level": level, "message": message}, Log)

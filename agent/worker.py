@@ -1,4 +1,4 @@
-"""The engine's process: `python -m agent.worker LINK_FD EVENTS_FD`, started by `agent.supervisor`.
+"""The engine's process: `python -m agent.worker LINK_FD EVENTS_FD NAME`, started by `agent.supervisor`.
 
 It reads one Request, a line of JSON, from standard input, and hands over to `agent.source.run` on its main
 thread (which becomes the tracer). The end of standard input without a line means that there is nothing to
@@ -109,7 +109,7 @@ def main() -> int:
         return 0
     request = msgspec.json.decode(line, type=Request)
     try:
-        source.run(request, socket.socket(fileno=link_fd), events.emit, abort.requested)
+        source.run(request, socket.socket(fileno=link_fd), events.emit, abort.requested, sys.argv[3])
     except Exception as error:
         traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]

@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 
 import msgspec
 
+from agent import settlement
 from agent.api import (
     Checked,
     Endpoint,
@@ -25,13 +26,11 @@ from agent.api import (
     Request,
     StateChanged,
 )
+from agent.kernel import procfs
 from agent.supervisor import LIVE, UNTOUCHED
 from transport.process import AgentProcess, ProcessEnd, run_local
 
 GOODBYE_TIMEOUT: Final = 10.0  # seconds that a front may take to end after its last word
-ALONE: Final = (
-    "an engine left alone rolls back unless it has committed: `migrate ps` shows where the process is"
-)
 _OUTCOMES: Final = frozenset(map(str, Outcome))
 
 OnEvent: TypeAlias = Callable[[Event, bytes], None]
@@ -44,8 +43,13 @@ _encoder = msgspec.json.Encoder()
 class Front:
     """One request on its way through a process of its own; `on_event` gets each event, and its JSON line."""
 
-    def __init__(self, request: Request, on_event: OnEvent, program: Program) -> None:
+    def __init__(
+        self, request: Request, on_event: OnEvent, program: Program, name: str | None = None
+    ) -> None:
         self._request = request
+        self._name = name
+        self._options = ["--name", name] if name else []
+        self._birth = procfs.born(request.pid)
         self._on_event = on_event
         self._program = program
         self._process: AgentProcess | None = None
@@ -66,7 +70,7 @@ class Front:
             )
             return
         if self.final is None:
-            self._finish(self._silence(end))
+            self._finish(await self._silence(end))
 
     def abort(self, reason: str) -> None:
         """Ask it to give up; the second time changes nothing."""
@@ -78,7 +82,9 @@ class Front:
         argv, environment = self._program
         if self._request.ssh.auth_socket:
             environment = {**environment, "SSH_AUTH_SOCK": self._request.ssh.auth_socket}
-        self._process = process = await run_local([*argv, "source"], environment, self._on_stderr)
+        self._process = process = await run_local(
+            [*argv, "source", *self._options], environment, self._on_stderr
+        )
         try:
             process.send(_encoder.encode(self._request))
             if self._aborted:
@@ -120,20 +126,25 @@ class Front:
             process.kill()
             return await process.wait()
 
-    def _silence(self, end: ProcessEnd) -> Finished:
-        """It ended without an answer: say what can be known."""
+    async def _silence(self, end: ProcessEnd) -> Finished:
+        """It ended without an answer: find out what came of it."""
         error = msgspec.structs.replace(end, host=platform.node()).error()
-        outcome = self._outcome()
-        message = f"{error}; {ALONE}" if outcome is Outcome.IN_DOUBT else str(error)
-        return self._failed(outcome, error.kind, message)
+        if self._name is None or self._request.operation == "check" or self.state in UNTOUCHED:
+            return self._failed(Outcome.REFUSED, error.kind, str(error))
+        done = await settlement.settle(
+            self._name, lambda text: self._pass_on(Log(level="warning", message=text))
+        )
+        outcome = done.outcome or self._outcome()
+        return self._failed(outcome, error.kind, f"{error}; {done.message}")
 
     def _outcome(self) -> Outcome:
+        """Of a migration in which nothing is left to be done."""
         if self.state in _OUTCOMES:
             return Outcome(self.state)
         if self.state in LIVE:
             return Outcome.MIGRATED
-        untouched = self.state in UNTOUCHED or self._request.operation == "check"
-        return Outcome.REFUSED if untouched else Outcome.IN_DOUBT
+        here = self._birth is not None and procfs.born(self._request.pid) == self._birth
+        return Outcome.ROLLED_BACK if here else Outcome.IN_DOUBT
 
     def _failed(self, outcome: Outcome, kind: str, message: str) -> Finished:
         report = Report(
@@ -156,4 +167,3 @@ class Front:
 
     def _pass_on(self, event: Event) -> None:
         self._on_event(event, _encoder.encode(event))
-

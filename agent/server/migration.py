@@ -95,7 +95,7 @@ class Migration:
         self.created = datetime.now(UTC)
         self._finished: datetime | None = None
         self._on_event = on_event
-        self._front = Front(request, self._take, program)
+        self._front = Front(request, self._take, program, id)
         self._patience = deserted_after
         self._timer: asyncio.TimerHandle | None = None
 
@@ -170,5 +170,3 @@ class Migration:
             self.abort(f"nobody has watched it for {self._patience:g} s, and it was not to go on alone")
         except TooLate:
             return
-
-

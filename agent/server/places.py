@@ -11,6 +11,7 @@ import msgspec
 
 SOCKET_VARIABLE: Final = "MIGRATE_AGENT_SOCKET"
 STATE_VARIABLE: Final = "MIGRATE_AGENT_STATE"
+RUNTIME_VARIABLE: Final = "MIGRATE_AGENT_RUNTIME"
 LOG_BYTES: Final = 1 << 20  # then the log of services on demand begins anew, the old one is kept
 
 
@@ -39,16 +40,25 @@ class Places(msgspec.Struct, frozen=True):
 
 def default() -> Places:
     """Root's are the host's, anybody else's are their own; both can be named in the environment."""
-    runtime, state = (Path("/run/migrate"), Path("/var/lib/migrate")) if os.geteuid() == 0 else _of_user()
-    socket = os.environ.get(SOCKET_VARIABLE) or runtime / "agent.sock"
-    return Places(Path(socket), Path(os.environ.get(STATE_VARIABLE) or state))
+    socket = os.environ.get(SOCKET_VARIABLE) or runtime() / "agent.sock"
+    return Places(Path(socket), Path(os.environ.get(STATE_VARIABLE) or _state()))
 
 
-def _of_user() -> tuple[Path, Path]:
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    here = Path(runtime, "migrate") if runtime else Path(f"/tmp/migrate-{os.geteuid()}")
-    return here, Path(state) / "migrate"
+def runtime() -> Path:
+    """Where is what ends with this boot."""
+    named = os.environ.get(RUNTIME_VARIABLE)
+    if named:
+        return Path(named)
+    if os.geteuid() == 0:
+        return Path("/run/migrate")
+    of_user = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(of_user, "migrate") if of_user else Path(f"/tmp/migrate-{os.geteuid()}")
+
+
+def _state() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib/migrate")
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "migrate"
 
 
 def make_private(directory: Path) -> None:

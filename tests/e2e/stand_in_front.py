@@ -14,7 +14,7 @@ ENGINE = Path(__file__).with_name("stand_in_engine.py")
 IDLE_EXIT = 1.0
 
 
-def main(scenario: str, command: str) -> int:
+def main(scenario: str, command: str, *options: str) -> int:
     from agent.front import serve
     from agent.server import connect, log, places, service
 

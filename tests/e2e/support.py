@@ -22,6 +22,7 @@ from programs.status import BUILD, build, read_status, wait_for_status
 
 FULL = os.environ.get("MIGRATE_TEST_FULL") == "1"
 SERVICE = "10.77.0.100"
+GUARDIAN = "migrate-guard"
 DONE, USAGE, REFUSED, ROLLED_BACK, IN_DOUBT, UNREACHABLE = 0, 2, 3, 4, 5, 6
 # Of a migration's processes, by what `ps` shows: who watches, who works on either host.
 PARTS = {
@@ -29,9 +30,10 @@ PARTS = {
     "source": r"(migrate-agent|agent\.main) source",
     "worker": r"agent\.worker",
     "destination": r"(migrate-agent|agent\.main) destination",
+    "guardian": rf"\[{GUARDIAN}\]",
 }
 SERVE = r"(migrate-agent|agent\.main) serve"
-_UNSEEN = rf"ps -e -o pid=,args=|{SERVE}"
+_UNSEEN = rf"ps -e -o pid=,comm=,args=|{SERVE}"
 
 
 class View(NamedTuple):
@@ -102,9 +104,15 @@ class Hosts(Lab):
     def processes(self, host: str) -> dict[int, str]:
         """What runs in a host, by pid: the command lines. Without the asking itself, and without the agent's
         service: one on demand stays for a while after its last use."""
-        listing = self.run(host, "ps", "-e", "-o", "pid=,args=")
-        entries = (line.split(None, 1) for line in listing.splitlines())
-        return {int(pid): command for pid, command in entries if not re.search(_UNSEEN, command)}
+        listing = self.run(host, "ps", "-e", "-o", "pid=,comm=,args=")
+        entries = (line.split(None, 2) for line in listing.splitlines())
+        # a guardian is forked, so its command line is the engine's
+        named = {int(pid): f"[{name}]" if name == GUARDIAN else words for pid, name, words in entries}
+        return {pid: words for pid, words in named.items() if not re.search(_UNSEEN, words)}
+
+    def services(self, host: str) -> list[int]:
+        listing = self.run(host, "ps", "-e", "-o", "pid=,args=").splitlines()
+        return [int(line.split()[0]) for line in listing if re.search(SERVE, line) and "setpriv" not in line]
 
     def agents(self, host: str, part: str = "") -> list[int]:
         """Pids of the project's own processes in a host; `part` is one of PARTS, "" stands for all."""

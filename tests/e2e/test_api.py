@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.support import DONE, IN_DOUBT, REFUSED, ROLLED_BACK, SERVE, UNREACHABLE, Hosts, Place, Workload
+from e2e.support import DONE, IN_DOUBT, REFUSED, ROLLED_BACK, UNREACHABLE, Hosts, Place, Workload
 from lab.fixture import until
 from unit.test_unit_file import capabilities
 
@@ -30,11 +29,6 @@ def curl(lab: Hosts, host: str, path: str, *options: str) -> Any:
     """An answer of the service that runs on the host."""
     words = ["curl", "-sS", "--unix-socket", SOCKET, f"http://agent{path}", *options]
     return json.loads(lab.run(host, *words))
-
-
-def services(lab: Hosts, host: str) -> list[int]:
-    listing = lab.run(host, "ps", "-e", "-o", "pid=,args=").splitlines()
-    return [int(line.split()[0]) for line in listing if re.search(SERVE, line) and "setpriv" not in line]
 
 
 def status(lab: Hosts, place: str = "alpha", asking: str = "client") -> list[dict[str, Any]]:
@@ -82,7 +76,7 @@ def assert_runs_on(workload: Workload) -> None:
 def test_a_move_by_curl(lab: Hosts, workload: Workload) -> None:
     """Through a service that is there on demand: created, followed to its end, on record afterwards."""
     lab.run("alpha", "sh", "-c", "migrate-agent connect </dev/null")
-    assert len(services(lab, "alpha")) == 1
+    assert len(lab.services("alpha")) == 1
     assert curl(lab, "alpha", "/v1/health")["running"] == 0
     request = {"operation": "move", "pid": workload.pid, "destination": "beta", "on_disconnect": "continue"}
     check = {**request, "operation": "check"}
@@ -148,7 +142,7 @@ def test_a_detached_move_is_attached_to_from_elsewhere(lab: Hosts, workload: Wor
 
 def test_a_service_that_is_killed_leaves_the_process_running(lab: Hosts, workload: Workload) -> None:
     tool, id = under_way(lab, workload)
-    (pid,) = services(lab, "alpha")
+    (pid,) = lab.services("alpha")
     lab.kill("alpha", pid)
     code, report = ended(tool)
     assert code == IN_DOUBT and "left the migration to itself" in report["error"]["message"]
@@ -158,36 +152,36 @@ def test_a_service_that_is_killed_leaves_the_process_running(lab: Hosts, workloa
 
 
 def test_a_service_on_demand_leaves_nothing_behind(lab: Hosts) -> None:
-    for pid in services(lab, "beta"):
+    for pid in lab.services("beta"):
         lab.kill("beta", pid, "TERM")
-    until(lambda: not services(lab, "beta"), "the end of the service")
+    until(lambda: not lab.services("beta"), "the end of the service")
     lab.run("beta", "rm", "-rf", "/run/migrate")
     lab.start("beta", "migrate-agent", "serve", "--idle-exit", "0.5")
     until(lambda: lab.ask("beta", "test", "-S", SOCKET).returncode == 0, "the service")
-    until(lambda: not services(lab, "beta"), "idle exit")
+    until(lambda: not lab.services("beta"), "idle exit")
     assert lab.run("beta", "ls", "-A", "/run/migrate") == ""
 
 
 def test_a_service_with_the_capabilities_of_the_unit(lab: Hosts, workload: Workload) -> None:
     """What configs/migrate-agent.service leaves it is enough for a move there and back."""
     for host in ("alpha", "beta"):
-        for pid in services(lab, host):
+        for pid in lab.services(host):
             lab.kill(host, pid, "TERM")
-        until(lambda host=host: not services(lab, host), "the end of the services")  # type: ignore[misc]
+        until(lambda host=host: not lab.services(host), "the end of the services")  # type: ignore[misc]
         limited = ("setpriv", "--no-new-privs", f"--bounding-set=-all,{bounding(lab, host)}")
         lab.start(host, *limited, "migrate-agent", "serve")
         until(lambda host=host: lab.ask(host, "test", "-S", SOCKET).returncode == 0, "the service")  # type: ignore[misc]
     try:
         for destination in ("beta", "alpha"):
             source = workload.host
-            (service,) = services(lab, source)
+            (service,) = lab.services(source)
             assert "NoNewPrivs:\t1" in lab.run(source, "cat", f"/proc/{service}/status")
             workload.move(destination)
-            assert services(lab, source) == [service]
+            assert lab.services(source) == [service]
         workload.assert_well()
     finally:
         for host in ("alpha", "beta"):
-            for pid in services(lab, host):
+            for pid in lab.services(host):
                 lab.kill(host, pid, "TERM")
 
 

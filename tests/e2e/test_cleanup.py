@@ -90,7 +90,8 @@ class FrozenMove:
         until(self._hold, "the freeze", 120)
 
     def agents(self, host: str, part: str) -> list[int]:
-        return [self.lab.pid_outside(host, pid) for pid in self.lab.agents(host, part)]
+        found = self.lab.services(host) if part == "service" else self.lab.agents(host, part)
+        return [self.lab.pid_outside(host, pid) for pid in found]
 
     def _find(self) -> bool:
         """It forks for a moment while it makes the shadow."""
@@ -124,7 +125,7 @@ def test_engine_is_killed_in_the_freeze(session: RedisSession, visitor: Visitor)
     frozen.kill("worker")
     status, message = frozen.outcome()
     assert status == ROLLED_BACK
-    assert "unlocked the socket" in message and "removed the mapping" in message
+    assert "cleaned up" in message
     assert not left_in(frozen.outside)
     visitor.assert_served()
     # and it can still be moved
@@ -133,18 +134,29 @@ def test_engine_is_killed_in_the_freeze(session: RedisSession, visitor: Visitor)
 
 
 def test_all_of_the_source_is_killed_in_the_freeze(session: RedisSession, visitor: Visitor) -> None:
-    """Nobody is left who would clean up: a person does."""
-    lab = session.lab
+    """The guardian is left, and puts it in order."""
     frozen = FrozenMove(session)
     frozen.kill("source", "worker")
-    assert frozen.outcome()[0] in (ROLLED_BACK, IN_DOUBT)
+    until(lambda: not left_in(frozen.outside), "the guardian")
+    visitor.assert_served()
+    assert frozen.outcome()[0] == ROLLED_BACK
+
+
+def test_nobody_of_the_source_is_left_in_the_freeze(session: RedisSession, visitor: Visitor) -> None:
+    """A person cleans up, and so does the next service."""
+    lab = session.lab
+    frozen = FrozenMove(session)
     left = left_in(frozen.outside)
     assert left.scratches and left.sockets
-    done = lab.run("alpha", "migrate-agent", "cleanup", frozen.pid)
+    frozen.kill("guardian", "service", "source", "worker")
+    assert frozen.outcome()[0] == IN_DOUBT
+    (name,) = lab.run("alpha", "ls", "/run/migrate/outgoing").split()
+    done = lab.run("alpha", "migrate-agent", "recover", name.partition(".")[0])
     assert done.count("unlocked the socket") == len(left.sockets) and "removed the mapping" in done
     assert not left_in(frozen.outside)
     visitor.assert_served()
-    assert lab.run("alpha", "migrate-agent", "cleanup", frozen.pid) == ""
+    assert "nothing is left" in lab.run("alpha", "migrate-agent", "recover", name.partition(".")[0])
+    assert lab.run("alpha", "ls", "/run/migrate/outgoing") == ""
 
 
 def test_nothing_is_cleaned_up_under_a_living_engine(lab: Hosts, place: Place) -> None:
@@ -160,7 +172,7 @@ def test_nothing_is_cleaned_up_under_a_living_engine(lab: Hosts, place: Place) -
     lab.kill("alpha", engine)
     output, _ = move.communicate(timeout=120)
     assert move.returncode == ROLLED_BACK
-    assert "cleaned up (removed the mapping" in json.loads(output)["error"]["message"]
+    assert "cleaned up" in json.loads(output)["error"]["message"]
     assert not left_in(outside)
     workload.assert_well()
     workload.end()

@@ -129,7 +129,7 @@ def test_an_engine_that_dies_leaves_a_true_report(
     assert front.report.source.pid == sleeper.pid
     if scenario.endswith("kills-source"):
         assert "is gone" in front.report.error.message
-    assert ("cleaned up (nothing was left)" in front.report.error.message) == (outcome == "rolled-back")
+    assert ("cleaned up (nothing is left)" in front.report.error.message) == (outcome == "rolled-back")
 
 
 def test_what_cannot_be_cleaned_up_is_said(server: PrivateSshd, sleeper: subprocess.Popen[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,9 +12,21 @@ from unit.children import puppet
 from unit.descriptor_case import Case, Make
 from unit.watched import Watched
 
+from agent.server.places import RUNTIME_VARIABLE
+
 # How long an example takes says nothing: the machine may be busy.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def journals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of engines here: not the host's. At the end there is none: each migration was put in order."""
+    place = tmp_path_factory.mktemp("runtime")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(RUNTIME_VARIABLE, str(place))
+        yield place
+    assert [file for file in place.rglob("*") if file.is_file()] == []
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ def test_what_the_process_closes_is_closed_while_the_agents_still_live(tmp_path:
         """In the destination, when the process lives and the source has not been told all yet."""
         assert incoming.shadow is not None
         try:
-            assert incoming.live
+            assert incoming._entry is not None and incoming._entry.state == "live"
             theirs, ours = links(incoming.shadow.pid), links("self")
             assert any(link.startswith("socket:") for link in theirs)
             assert not theirs & ours, theirs & ours

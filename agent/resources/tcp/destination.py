@@ -211,18 +211,22 @@ def _set_device(sock: socket.socket, device: bytes) -> None:
 
 
 def activate(fd: int, state: TcpConnection | TcpListener) -> None:
-    """Bring a rebuilt socket to life; its address must be on this host by now. Idempotent.
+    """Bring a rebuilt socket to life; its address must be on this host by now. Idempotent, also after an
+    agent that died over it.
 
     Effect: the peer is asked for its window, bytes never sent are sent, a shutdown is repeated, the
     application's own filter is back. OSError: the connection is alive but something of it (named) could not
     be restored.
     """
     with borrow(fd) as sock:
-        if held_filter(sock) is None:
+        held = held_filter(sock) is not None
+        repair = isinstance(state, TcpConnection) and tcp_repair.in_repair(sock)
+        if not held and not repair:
             return
-        if isinstance(state, TcpConnection):
+        if isinstance(state, TcpConnection) and repair and not tcp_repair.unacknowledged(sock):
             _write_queue(sock, Queue.SEND, state.queues.sent)
-        sock_filter.let_go(sock, state.filter)
+        if held:
+            sock_filter.let_go(sock, state.filter)
         if isinstance(state, TcpConnection):
             tcp_repair.repair_off(sock)
             _resume(sock, state)

@@ -1,0 +1,211 @@
+"""What outlives an agent: for each migration and role a file whose name says how far it is.
+
+    /run/migrate/outgoing/ID.open -> .committed -> .live -> removed       on the source
+    /run/migrate/incoming/ID.held -> .committed -> .released -> .live     on the destination
+                            `----------`--> .void
+
+A step is one rename(2), so of two who want to make different steps one finds nothing to rename: what
+becomes of a shadow is decided by who comes first, its agent (`committed`) or whoever asks after a lost link
+(`void`). Nothing has to be on a disk: a host that goes down takes the process with it. `agent/states.py`
+has all steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Generic, Literal, TypeVar
+
+import msgspec
+
+from agent.api import SshOptions
+from agent.kernel import procfs
+from agent.resources.service_address import ServiceAddress
+from agent.resources.tcp import TcpConnection, TcpListener
+from agent.server.places import make_private, runtime
+from agent.server.store import ID
+
+Role = Literal["outgoing", "incoming"]
+_NO_STATES: Final = ("new", "lock", "rest")
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Overtaken(Exception):
+    """Somebody else has made another step; the message says which."""
+
+
+class Task(msgspec.Struct, frozen=True):
+    """A process that has this number only as long as it lives."""
+
+    pid: int
+    born: int  # procfs.born
+
+    @classmethod
+    def of(cls, pid: int) -> Task:
+        """ProcessLookupError."""
+        born = procfs.born(pid)
+        if born is None:
+            raise ProcessLookupError(3, "no such process", f"pid {pid}")
+        return cls(pid, born)
+
+    def lives(self) -> bool:
+        """A zombie does not: what the kernel does at its end is done."""
+        return procfs.born(self.pid) == self.born
+
+
+class Departure(msgspec.Struct, frozen=True, kw_only=True):
+    """A process of this host that is being moved away."""
+
+    process: Task
+    agent: Task  # the engine
+    destination: str
+    ssh: SshOptions
+    boot: str  # boot id of the destination's host
+    addresses: tuple[ServiceAddress, ...]
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that is being moved here."""
+
+    process: Task
+    agent: Task
+
+
+class Socket(msgspec.Struct, frozen=True):
+    """A rebuilt socket that is still held."""
+
+    fd: int  # the process's descriptor
+    state: TcpConnection | TcpListener
+
+
+class Rest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is left to do for an incoming process once it is committed.
+
+    Its sockets may have data in their queues: the file is for root alone.
+    """
+
+    leave_stopped: bool
+    sockets: tuple[Socket, ...]
+    addresses: tuple[tuple[ServiceAddress, str], ...]  # and on which interface
+
+
+C = TypeVar("C", Departure, Arrival)
+_ROLES: Final[dict[type, Role]] = {Departure: "outgoing", Arrival: "incoming"}
+
+
+class Entry(Generic[C]):
+    """One migration's file."""
+
+    def __init__(self, migration: str, state: str, content: C) -> None:
+        self.migration = migration
+        self.state = state
+        self.content: C = content
+        self._directory = directory(_ROLES[type(content)])
+
+    @classmethod
+    def begin(cls, migration: str, state: str, content: C) -> Entry[C]:
+        """Write it. OSError."""
+        entry = cls(migration, state, content)
+        for parent in (entry._directory.parent, entry._directory):
+            make_private(parent)
+        _write(entry.path, content)
+        return entry
+
+    @property
+    def path(self) -> Path:
+        return self._directory / f"{self.migration}.{self.state}"
+
+    def to(self, state: str) -> None:
+        """One step; Overtaken if it is not where we believe it to be."""
+        try:
+            os.rename(self.path, self._directory / f"{self.migration}.{state}")
+        except FileNotFoundError:
+            found = state_of(_ROLES[type(self.content)], self.migration)
+            raise Overtaken(
+                f"migration {self.migration} is {found or 'unknown'} here, not {self.state}"
+            ) from None
+        self.state = state
+
+    def put_rest(self, rest: Rest) -> None:
+        _write(self._rest, rest)
+
+    def rest(self) -> Rest | None:
+        """None: it never was whole. ValueError: it is damaged."""
+        try:
+            return msgspec.msgpack.decode(self._rest.read_bytes(), type=Rest)
+        except FileNotFoundError:
+            return None
+
+    @property
+    def _rest(self) -> Path:
+        return self._directory / f"{self.migration}.rest"
+
+    def remove(self) -> None:
+        self._rest.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: msgspec.Struct) -> None:
+    """In one step, for us alone."""
+    new = path.with_suffix(".new")
+    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(fd, "wb") as file:
+        file.write(msgspec.msgpack.encode(content))
+    new.rename(path)
+
+
+def directory(role: Role) -> Path:
+    return runtime() / role
+
+
+def state_of(role: Role, migration: str) -> str | None:
+    return next((state for id, state in _names(role) if id == migration), None)
+
+
+def find(kind: type[C], migration: str) -> Entry[C] | None:
+    """As it is now; None if there is none, also if it is removed while we look. ValueError: it is damaged."""
+    while (state := state_of(_ROLES[kind], migration)) is not None:
+        path = directory(_ROLES[kind]) / f"{migration}.{state}"
+        with contextlib.suppress(FileNotFoundError):  # it has just become another one
+            return Entry(migration, state, msgspec.msgpack.decode(path.read_bytes(), type=kind))
+    return None
+
+
+def every(kind: type[C]) -> Iterator[Entry[C]]:
+    """All that are there, the oldest first."""
+    for migration in sorted({id for id, _ in _names(_ROLES[kind])}):
+        entry = find(kind, migration)
+        if entry is not None:
+            yield entry
+
+
+def _names(role: Role) -> Iterator[tuple[str, str]]:
+    try:
+        names = os.listdir(directory(role))
+    except FileNotFoundError:
+        return
+    for name in names:
+        migration, _, state = name.partition(".")
+        if ID.fullmatch(migration) and state not in _NO_STATES:
+            yield migration, state
+
+
+@contextlib.contextmanager
+def recovering(migration: str) -> Iterator[None]:
+    """Be the only one who puts an outgoing migration in order; waits for another one who does."""
+    place = directory("outgoing") / f"{migration}.lock"
+    fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+        if state_of("outgoing", migration) is None:
+            place.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def boot_id() -> str:
+    return _BOOT_ID.read_text().strip()

@@ -1,0 +1,154 @@
+"""Puts in order on this host, the source, what a dead engine or a lost link has left of a migration.
+
+    open       nothing was committed: the process runs, and what the engine left in it is undone
+    committed  it is stopped, and the destination decides (`migrate-agent settle` there): void, and it goes on
+               here; live, and the copy here is killed
+    live       the destination has said so: the copy here is killed
+
+All of it may be done again, by anybody, at any time: by the front of a migration whose engine has ended, the
+guardian, the service when it starts and now and then, and a person (`migrate-agent recover`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Final, Literal
+
+import msgspec
+
+from agent import cleanup, journal
+from agent.api import Outcome
+from agent.cleanup import Busy
+from agent.journal import Departure, Entry
+from agent.resources import service_address
+from agent.settle import Verdict
+from agent.tracee import InjectedCallFailed
+from transport.link_errors import LinkError
+
+Live = Literal["source", "destination"]
+ANSWER_TIMEOUT: Final = 60.0  # seconds; the other end may have to wait for its agent
+_DEATH: Final = 30.0
+
+
+class Recovery(msgspec.Struct, frozen=True):
+    """What was found and done, in words; and how the migration ended by that, None if there was nothing to
+    do.
+    """
+
+    outcome: Outcome | None
+    message: str
+
+
+def recover(migration: str, live: Live | None = None) -> Recovery:
+    """Put it in order. `live` is where it runs, by a person who knows; else the destination is asked.
+
+    Busy if an engine works on it, or something cannot be undone now. OSError, InjectedCallFailed.
+    """
+    with contextlib.ExitStack() as stack:
+        if journal.state_of("outgoing", migration) is not None:
+            stack.enter_context(journal.recovering(migration))
+        entry = journal.find(Departure, migration)
+        if entry is None:
+            return Recovery(None, "nothing is left of it here")
+        if entry.content.agent.lives():
+            raise Busy(f"an engine works on it (process {entry.content.agent.pid})")
+        if entry.state == "open":
+            return _roll_back(entry, "nothing had been committed")
+        if live is None:
+            return asyncio.run(_by_destination(entry))
+        act = _roll_back if live == "source" else _bury
+        return act(entry, f"somebody has said that it lives at the {live}")
+
+
+async def _by_destination(entry: Entry[Departure]) -> Recovery:
+    try:
+        async with _verdict(entry) as (verdict, settled):
+            if entry.state == "committed" and verdict.state == "unknown":
+                return Recovery(Outcome.IN_DOUBT, f"{entry.content.destination}: {verdict.evidence}")
+            act = _roll_back if entry.state == "committed" and verdict.state == "void" else _bury
+            done = act(entry, f"{entry.content.destination}: {verdict.evidence}")
+            settled()
+            return done
+    except (LinkError, TimeoutError, EOFError) as error:
+        if entry.state == "live":
+            return _bury(entry, f"{entry.content.destination} had said so")
+        return Recovery(Outcome.IN_DOUBT, f"{entry.content.destination} cannot be asked: {error}")
+
+
+@contextlib.asynccontextmanager
+async def _verdict(entry: Entry[Departure]) -> AsyncIterator[tuple[Verdict, Callable[[], None]]]:
+    """The destination's word, and what tells it that nobody will ask again. LinkError, TimeoutError,
+    EOFError.
+    """
+    from transport import ssh
+    from transport.target import parse_host
+
+    content, target, said = entry.content, parse_host(entry.content.destination), [""]
+    if content.ssh.auth_socket:
+        os.environ["SSH_AUTH_SOCK"] = content.ssh.auth_socket
+    ours, theirs = socket.socketpair()
+    command = ssh.agent_command(content.ssh, ("settle", entry.migration, "--boot", content.boot))
+    async with asyncio.timeout(ANSWER_TIMEOUT):
+        connection = await ssh.connect(target, content.ssh)
+        try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            bridge = await ssh.open_bridge(connection, target, command, theirs, said.append)
+            line = await reader.readline()
+            if not line:
+                raise EOFError(f"its agent does not settle it: {said[-1] or 'no answer'}")
+            yield msgspec.json.decode(line, type=Verdict), lambda: writer.write(b"done\n")
+            writer.write_eof()
+            await bridge.ended
+        finally:
+            connection.abort()
+
+
+def _roll_back(entry: Entry[Departure], why: str) -> Recovery:
+    """It goes on here."""
+    content, committed = entry.content, entry.state == "committed"
+    if committed:
+        for address in content.addresses:
+            service_address.restore(address)
+    if not content.process.lives():
+        entry.remove()
+        return Recovery(Outcome.ROLLED_BACK, f"{why}; process {content.process.pid} has ended by itself")
+    done = cleanup.clean(content.process.pid, content.process.born, resume=committed)
+    entry.remove()
+    return Recovery(Outcome.ROLLED_BACK, f"{why}; cleaned up ({', '.join(done) or 'nothing was left'})")
+
+
+def _bury(entry: Entry[Departure], why: str) -> Recovery:
+    """It lives elsewhere: the copy here ends without a word to its peers, as its sockets are held."""
+    process = entry.content.process
+    for address in entry.content.addresses:
+        service_address.withdraw(address)
+    deadline = time.monotonic() + _DEATH
+    while process.lives():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise Busy(f"the copy here, process {process.pid}, does not end")
+        time.sleep(0.01)
+    entry.remove()
+    return Recovery(Outcome.MIGRATED, f"{why}; the copy here is gone")
+
+
+def main(migration: str, live: Live | None) -> int:
+    """One Recovery as a line of JSON. The exit status: 0 if it is in order, cleanup.EXIT_BUSY, 1."""
+    try:
+        done = recover(migration, live)
+    except Busy as error:
+        print(error, file=sys.stderr)
+        return cleanup.EXIT_BUSY
+    except (OSError, ValueError, InjectedCallFailed, RuntimeError) as error:
+        print(f"migration {migration}: {error}", file=sys.stderr)
+        return 1
+    print(msgspec.json.encode(done).decode())
+    return cleanup.EXIT_BUSY if done.outcome is Outcome.IN_DOUBT else 0

@@ -24,6 +24,7 @@ from agent.api import Blocker, Notice
 from agent.clocks import boottime_ns
 from agent.descriptors import Rebuilding, Refusal
 from agent.finishing import Finish
+from agent.guardian import Guardian
 from agent.journal import Arrival, Entry, Overtaken, Rest, Socket, Task
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE
@@ -38,6 +39,7 @@ from agent.resources.files import FileRef, IncomingFile
 from agent.server.store import new_id
 from agent.shadow import Shadow
 from agent.spawn import Wanted, spawn
+from agent.states import Destination
 from agent.tracee import SCRATCH_SIZE
 from agent.verification import check_rest, check_verify
 from transport.frames import LinkClosed, ProtocolError
@@ -103,6 +105,7 @@ class Incoming:
         self.prepare_message: protocol.Prepare | None = None
         self.rebuild: protocol.Rebuild | None = None
         self._entry: Entry[Arrival] | None = None
+        self._guardian: Guardian | None = None
         self._late: list[Notice] = []
         # of files that we have for ourselves, when compared
         self._stamps: dict[str, tuple[int, int, int] | None] = {}
@@ -208,11 +211,13 @@ class Incoming:
             frozenset(offer.tids),
         )
         self.shadow = Shadow(spawn(wanted, seed, _CHANNEL_FD))
+        name = offer.migration or new_id()
         self._entry = Entry.begin(
-            offer.migration or new_id(),
-            "held",
+            name,
+            Destination.HELD,
             Arrival(process=Task.of(self.shadow.pid), agent=Task.of(os.getpid())),
         )
+        self._guardian = Guardian("incoming", name)
         self.shadow.settle(offer.pid, code, seed_at, offer.specials, message.layout)
         self.shadow.make_threads(offer.tids)  # in the freeze only what changed
         self.link.send(
@@ -349,17 +354,17 @@ class Incoming:
         """
         assert self.rebuild is not None
         phases = Phases("destination")
-        self._journal.to("committed")
+        self._journal.to(Destination.COMMITTED)
         self._late = self._built.queue_signals(message.signals)
         if not self._built.outlive_us():
             self._leave_stopped = True
             self._journal.put_rest(self._rest())
-        self._journal.to("released")
+        self._journal.to(Destination.RELEASED)
         self._late += self.network.take_over(self.context.sockets)
         phases.mark("take over network")
         self._wait_for_clock(self.rebuild.monotonic_at_freeze)
         self._built.release(self._leave_stopped)
-        self._journal.to("live")
+        self._journal.to(Destination.LIVE)
         phases.mark("resume")
         self.link.send(protocol.Live(phases=phases.taken(), address_moved=self.network.moved))
         self._let_go()  # our duplicates would keep open what it closes
@@ -394,14 +399,17 @@ class Incoming:
         self._let_go()
         self.network.close()
         self.link.close()
+        if self._guardian is not None:
+            unsettled = self._entry is not None and self._entry.state == Destination.RELEASED
+            (self._guardian.leave if unsettled else self._guardian.dismiss)()
 
     def _lasts(self) -> bool:
         """Whether it lives, or will. What is not committed never will be."""
         if self._entry is None:
             return False
-        if self._entry.state in ("held", "committed"):
+        if self._entry.state in (Destination.HELD, Destination.COMMITTED):
             with contextlib.suppress(Overtaken):  # void already
-                self._entry.to("void")
+                self._entry.to(Destination.VOID)
             return False
         return True
 

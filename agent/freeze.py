@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from agent import capture, hold, inventory, kinds, protocol
+from agent import capture, hold, inventory, kinds, protocol, states
 from agent.api import Blocker, MoveOptions, Round
 from agent.descriptors import SourceProcess, open_files
 from agent.journal import Departure, Entry
@@ -308,7 +308,7 @@ class FrozenProcess:
 
     def commit(self, journal: Entry[Departure], send: Callable[[], None]) -> None:
         """The point of no return on this host: `send` sends COMMIT. LinkClosed if nothing was committed."""
-        journal.to("committed")  # before it is held: who finds it held must know why
+        journal.to(states.Departure.COMMITTED)  # before it is held: who finds it held must know why
         self.committed = True
         try:
             ours = hold.put(self.pid)
@@ -319,7 +319,7 @@ class FrozenProcess:
             if ours:
                 hold.lift(self.pid)
             self.committed = False
-            journal.to("open")
+            journal.to(states.Departure.OPEN)
             raise
 
     def bury(self) -> None:

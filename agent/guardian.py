@@ -1,9 +1,10 @@
-"""Who is there if the engine dies: a process of the source that waits for nothing else.
+"""Who is there if an agent dies: a process that waits for nothing else.
 
-It is forked before anything is touched, in a session of its own, and ends with the migration. If the engine
-dies before that, the process runs on by itself (or is stopped, once committed), but its sockets may be
-locked: the guardian puts in order at once what can be without asking anybody, and after a while, if nobody
-else has, the rest.
+Either agent forks one before it touches anything. It has a session of its own, and ends with the migration.
+If its agent dies before that, it does at once what can be done without asking anybody: on the source, a
+process that was not committed is freed of what was done to it, its sockets above all; on the destination, a
+shadow that was not committed is made void, and one that was is let go. What needs the destination's word it
+leaves to the front or the service of the source for a while, before it asks itself.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from typing import Final
 
 from agent import journal
 from agent.cleanup import Busy
+from agent.journal import Role
 from agent.kernel.clone import set_name
+from agent.states import Departure, Destination
 from agent.tracee import InjectedCallFailed
 
 NAME: Final = "migrate-guard"
@@ -25,14 +29,14 @@ _POLL: Final = 5.0
 
 
 class Guardian:
-    """Of the calling process, which is the engine of migration `name`."""
+    """Of the calling process, which is the agent in this role of migration `name`."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, role: Role, name: str) -> None:
         reading, self._writing = os.pipe()
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                _watch(reading, name)
+                _watch(reading, role, name)
             finally:
                 os._exit(0)
         os.close(reading)
@@ -49,32 +53,44 @@ class Guardian:
         os.close(self._writing)
 
 
-def _watch(reading: int, name: str) -> None:
+def _watch(reading: int, role: Role, name: str) -> None:
     os.setsid()
     set_name(NAME)
     _let_go_of_all_but(reading)
     if os.read(reading, 1):
         return
     began = time.monotonic()
-    while state := journal.state_of("outgoing", name):
-        waited = time.monotonic() - began
-        if waited > _PATIENCE:
-            return
-        if state == "open" or waited > _OTHERS_FIRST:
-            _try(name)
+    while (waited := time.monotonic() - began) < _PATIENCE:
+        # what cannot be done now may be possible later
+        with contextlib.suppress(Busy, OSError, ValueError, InjectedCallFailed, RuntimeError):
+            if _IN_ORDER[role](name, waited):
+                return
         time.sleep(min(_POLL, waited / 10 + 0.01))
 
 
-def _try(name: str) -> None:
-    """Once; what cannot be done now may be possible later."""
+def _source(name: str, waited: float) -> bool:
     from agent import recovery
 
-    with contextlib.suppress(Busy, OSError, ValueError, InjectedCallFailed, RuntimeError):
+    state = journal.state_of("outgoing", name)
+    if state == Departure.OPEN or (state is not None and waited > _OTHERS_FIRST):
         recovery.recover(name)
+    return journal.state_of("outgoing", name) is None
+
+
+def _destination(name: str, _: float) -> bool:
+    """An entry that is live stays: the source is to be told."""
+    from agent import settle
+
+    if settle.settle(name).state == "void":
+        settle.forget(name)
+    return journal.state_of("incoming", name) in (None, Destination.LIVE)
+
+
+_IN_ORDER: Final[dict[Role, Callable[[str, float], bool]]] = {"outgoing": _source, "incoming": _destination}
 
 
 def _let_go_of_all_but(reading: int) -> None:
-    """Whoever waits for the engine's end of something must not wait for us."""
+    """Whoever waits for the agent's end of something must not wait for us."""
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)

@@ -15,18 +15,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
+from agent import states
 from agent.api import SshOptions
 from agent.kernel import procfs
 from agent.resources.service_address import ServiceAddress
 from agent.resources.tcp import TcpConnection, TcpListener
 from agent.server.places import make_private, runtime
 from agent.server.store import ID
+from agent.states import Steps
 
 Role = Literal["outgoing", "incoming"]
 _NO_STATES: Final = ("new", "lock", "rest")
@@ -93,20 +95,25 @@ class Rest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 C = TypeVar("C", Departure, Arrival)
+_TABLES: Final[dict[type, Mapping[Any, Mapping[Any, str]]]] = {
+    Departure: states.DEPARTURE,
+    Arrival: states.DESTINATION,
+}
+_STATES: Final[dict[type, Any]] = {Departure: states.Departure, Arrival: states.Destination}
 _ROLES: Final[dict[type, Role]] = {Departure: "outgoing", Arrival: "incoming"}
 
 
 class Entry(Generic[C]):
     """One migration's file."""
 
-    def __init__(self, migration: str, state: str, content: C) -> None:
+    def __init__(self, migration: str, state: Any, content: C) -> None:
         self.migration = migration
-        self.state = state
         self.content: C = content
+        self._steps: Steps[Any] = Steps(_TABLES[type(content)], state)
         self._directory = directory(_ROLES[type(content)])
 
     @classmethod
-    def begin(cls, migration: str, state: str, content: C) -> Entry[C]:
+    def begin(cls, migration: str, state: Any, content: C) -> Entry[C]:
         """Write it. OSError."""
         entry = cls(migration, state, content)
         for parent in (entry._directory.parent, entry._directory):
@@ -115,19 +122,25 @@ class Entry(Generic[C]):
         return entry
 
     @property
+    def state(self) -> Any:
+        """states.Destination or states.Departure."""
+        return self._steps.state
+
+    @property
     def path(self) -> Path:
         return self._directory / f"{self.migration}.{self.state}"
 
-    def to(self, state: str) -> None:
+    def to(self, state: states.Destination | states.Departure) -> None:
         """One step; Overtaken if it is not where we believe it to be."""
+        before = self.path
+        self._steps.to(state)
         try:
-            os.rename(self.path, self._directory / f"{self.migration}.{state}")
+            os.rename(before, self.path)
         except FileNotFoundError:
             found = state_of(_ROLES[type(self.content)], self.migration)
             raise Overtaken(
-                f"migration {self.migration} is {found or 'unknown'} here, not {self.state}"
+                f"migration {self.migration} is {found or 'unknown'} here, not {before.suffix[1:]}"
             ) from None
-        self.state = state
 
     def put_rest(self, rest: Rest) -> None:
         _write(self._rest, rest)
@@ -170,7 +183,9 @@ def find(kind: type[C], migration: str) -> Entry[C] | None:
     while (state := state_of(_ROLES[kind], migration)) is not None:
         path = directory(_ROLES[kind]) / f"{migration}.{state}"
         with contextlib.suppress(FileNotFoundError):  # it has just become another one
-            return Entry(migration, state, msgspec.msgpack.decode(path.read_bytes(), type=kind))
+            return Entry(
+                migration, _STATES[kind](state), msgspec.msgpack.decode(path.read_bytes(), type=kind)
+            )
     return None
 
 
@@ -194,14 +209,17 @@ def _names(role: Role) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def recovering(migration: str) -> Iterator[None]:
-    """Be the only one who puts an outgoing migration in order; waits for another one who does."""
-    place = directory("outgoing") / f"{migration}.lock"
+def put_in_order(role: Role, migration: str) -> Iterator[None]:
+    """Be the only one who does; waits for another one."""
+    if state_of(role, migration) is None:
+        yield
+        return
+    place = directory(role) / f"{migration}.lock"
     fd = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-        if state_of("outgoing", migration) is None:
+        if state_of(role, migration) is None:
             place.unlink(missing_ok=True)
     finally:
         os.close(fd)

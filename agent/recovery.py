@@ -23,18 +23,20 @@ from typing import Final, Literal
 
 import msgspec
 
-from agent import cleanup, journal
+from agent import cleanup, journal, states
 from agent.api import Outcome
 from agent.cleanup import Busy
 from agent.journal import Departure, Entry
 from agent.resources import service_address
 from agent.settle import Verdict
+from agent.states import Recovering, recovered
 from agent.tracee import InjectedCallFailed
 from transport.link_errors import LinkError
 
 Live = Literal["source", "destination"]
 ANSWER_TIMEOUT: Final = 60.0  # seconds; the other end may have to wait for its agent
 _DEATH: Final = 30.0
+_LIVES: Final[dict[Live, str]] = {"source": "void", "destination": "live"}
 
 
 class Recovery(msgspec.Struct, frozen=True):
@@ -51,35 +53,39 @@ def recover(migration: str, live: Live | None = None) -> Recovery:
 
     Busy if an engine works on it, or something cannot be undone now. OSError, InjectedCallFailed.
     """
-    with contextlib.ExitStack() as stack:
-        if journal.state_of("outgoing", migration) is not None:
-            stack.enter_context(journal.recovering(migration))
+    with journal.put_in_order("outgoing", migration):
         entry = journal.find(Departure, migration)
         if entry is None:
             return Recovery(None, "nothing is left of it here")
         if entry.content.agent.lives():
             raise Busy(f"an engine works on it (process {entry.content.agent.pid})")
-        if entry.state == "open":
-            return _roll_back(entry, "nothing had been committed")
-        if live is None:
+        decision = recovered(entry.state, None if live is None else _LIVES[live])
+        if decision is Recovering.ASK:
             return asyncio.run(_by_destination(entry))
-        act = _roll_back if live == "source" else _bury
-        return act(entry, f"somebody has said that it lives at the {live}")
+        why = "nothing had been committed" if live is None else f"by a person's word: {live}"
+        return _act(entry, decision, why)
 
 
 async def _by_destination(entry: Entry[Departure]) -> Recovery:
+    name = entry.content.destination
     try:
         async with _verdict(entry) as (verdict, settled):
-            if entry.state == "committed" and verdict.state == "unknown":
-                return Recovery(Outcome.IN_DOUBT, f"{entry.content.destination}: {verdict.evidence}")
-            act = _roll_back if entry.state == "committed" and verdict.state == "void" else _bury
-            done = act(entry, f"{entry.content.destination}: {verdict.evidence}")
-            settled()
+            done = _act(entry, recovered(entry.state, verdict.state), f"{name}: {verdict.evidence}")
+            if done.outcome is not Outcome.IN_DOUBT:
+                settled()
             return done
     except (LinkError, TimeoutError, EOFError) as error:
-        if entry.state == "live":
-            return _bury(entry, f"{entry.content.destination} had said so")
-        return Recovery(Outcome.IN_DOUBT, f"{entry.content.destination} cannot be asked: {error}")
+        return _act(entry, recovered(entry.state, "unknown"), f"{name} cannot be asked: {error}")
+
+
+def _act(entry: Entry[Departure], decision: Recovering, why: str) -> Recovery:
+    match decision:
+        case Recovering.RESUME:
+            return _roll_back(entry, why)
+        case Recovering.BURY:
+            return _bury(entry, why)
+        case _:
+            return Recovery(Outcome.IN_DOUBT, why)
 
 
 @contextlib.asynccontextmanager
@@ -112,7 +118,7 @@ async def _verdict(entry: Entry[Departure]) -> AsyncIterator[tuple[Verdict, Call
 
 def _roll_back(entry: Entry[Departure], why: str) -> Recovery:
     """It goes on here."""
-    content, committed = entry.content, entry.state == "committed"
+    content, committed = entry.content, entry.state is states.Departure.COMMITTED
     if committed:
         for address in content.addresses:
             service_address.restore(address)

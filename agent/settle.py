@@ -19,13 +19,15 @@ from typing import Final, Literal
 import msgspec
 
 from agent import journal
-from agent.journal import Arrival, Entry, Overtaken, Rest
-from agent.kernel import pidfd
+from agent.journal import Arrival, Entry, Overtaken, Rest, Task
+from agent.kernel import pidfd, procfs
 from agent.resources import service_address, tcp
+from agent.states import Destination, Settling, settled
 
 PATIENCE: Final = 5.0  # seconds that an agent which has committed may take to finish
 _POLL: Final = 0.01
 _DEATH: Final = 30.0  # that the kernel may take to end a process
+_DYING: Final = 2.0
 _ANNOUNCEMENTS: Final = 3
 
 
@@ -37,89 +39,74 @@ class Verdict(msgspec.Struct, frozen=True):
     pid: int | None = None
 
 
-def settle(migration: str, boot: str) -> Verdict:
+def settle(migration: str, boot: str = "") -> Verdict:
     """Decide it. `boot`: the boot id that this host had when the migration began. OSError, ValueError."""
     if boot and boot != journal.boot_id():
         return Verdict("unknown", "this host was started anew since")
-    while True:
-        entry = journal.find(Arrival, migration)
-        if entry is None:
-            return Verdict("void", "there is no shadow of it")
-        # Overtaken: its agent has just made another step
-        with contextlib.suppress(Overtaken):
-            return _STEPS[entry.state](entry)
+    with journal.put_in_order("incoming", migration):
+        while True:
+            entry = journal.find(Arrival, migration)
+            with contextlib.suppress(Overtaken):  # its agent has just made another step
+                if (verdict := _step(entry)) is not None:
+                    return verdict
+
+
+def _step(entry: Entry[Arrival] | None) -> Verdict | None:
+    """Do what is to be done next; the verdict once there is one. Overtaken."""
+    if entry is None:
+        return Verdict("void", "there is no shadow of it")
+    agent, process = entry.content.agent, entry.content.process
+    # looked at in this order: with its agent, a shadow that it held is dead
+    working = agent.lives()
+    living: bool = _lives_on(process)
+    match settled(entry.state, working, living):
+        case Settling.WAIT:
+            _await_step(entry)
+        case Settling.MAKE_VOID:
+            entry.to(Destination.VOID)
+        case Settling.VOID:
+            _end(agent)  # which would find out by itself; perhaps it hangs
+            _end(process)
+            return Verdict("void", "the shadow was never let go, and has been removed")
+        case Settling.FINISH:
+            _finish(entry)
+        case Settling.LIVE:
+            ended = "" if living else ", and has ended"
+            return Verdict("live", f"it lives as process {process.pid}{ended}", process.pid)
+    return None
 
 
 def forget(migration: str) -> None:
     """The source knows: nobody will ask again."""
-    entry = journal.find(Arrival, migration)
-    if entry is not None:
-        entry.remove()
+    with journal.put_in_order("incoming", migration):
+        entry = journal.find(Arrival, migration)
+        if entry is not None:
+            entry.remove()
 
 
-def _held(entry: Entry[Arrival]) -> Verdict:
-    entry.to("void")
-    return _void(entry)
-
-
-def _void(entry: Entry[Arrival]) -> Verdict:
-    """Its agent would find out by itself; perhaps it hangs."""
-    _end(entry.content.agent)
-    _end(entry.content.process)
-    return Verdict("void", "the shadow was not committed, and has been removed")
-
-
-def _committed(entry: Entry[Arrival]) -> Verdict:
-    """It lives if the agent came as far as to give up its hold on it, which would have killed it."""
-    if _await_agent(entry) != entry.state:
-        raise Overtaken
-    if _await(lambda: not entry.content.process.lives(), 1.0):
-        entry.to("void")
-        return Verdict("void", "its agent died in the commit, and the shadow with it")
-    entry.to("released")
-    return _released(entry)
-
-
-def _released(entry: Entry[Arrival]) -> Verdict:
-    if _await_agent(entry) != entry.state:
-        raise Overtaken
-    rest = entry.rest()
-    process = entry.content.process
-    if rest is not None and process.lives():
-        _finish(process.pid, rest)
-    entry.to("live")
-    return _live(entry)
-
-
-def _live(entry: Entry[Arrival]) -> Verdict:
-    process = entry.content.process
-    if process.lives():
-        return Verdict("live", f"it runs as process {process.pid}", process.pid)
-    return Verdict("live", f"it has run as process {process.pid}, and has ended", process.pid)
-
-
-_STEPS: Final[dict[str, Callable[[Entry[Arrival]], Verdict]]] = {
-    "held": _held,
-    "void": _void,
-    "committed": _committed,
-    "released": _released,
-    "live": _live,
-}
-
-
-def _await_agent(entry: Entry[Arrival]) -> str | None:
-    """Until the agent has made another step, or is dead; one that makes none is ended. The state then."""
+def _await_step(entry: Entry[Arrival]) -> None:
+    """Until its agent has made another one, or is dead; one that makes none is ended."""
     agent = entry.content.agent
 
     def moved() -> bool:
-        return journal.state_of("incoming", entry.migration) != entry.state
+        return journal.state_of("incoming", entry.migration) != str(entry.state)
 
     if not _await(lambda: moved() or not agent.lives(), PATIENCE):
         _end(agent)
-    return journal.state_of("incoming", entry.migration)
 
 
-def _end(task: journal.Task) -> None:
+def _lives_on(process: Task) -> bool:
+    """A process that is being killed takes a moment."""
+    return process.lives() and not _await(lambda: not process.lives(), _DYING if _is_killed(process) else 0.0)
+
+
+def _is_killed(process: Task) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        return bool(int(procfs.status(process.pid)["ShdPnd"], 16) >> (signal.SIGKILL - 1) & 1)
+    return True
+
+
+def _end(task: Task) -> None:
     """TimeoutError if the kernel does not end it."""
     if task.lives():
         with contextlib.suppress(ProcessLookupError):
@@ -137,8 +124,17 @@ def _await(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def _finish(pid: int, rest: Rest) -> None:
+def _finish(entry: Entry[Arrival]) -> None:
     """What its agent did not get to: addresses here, sockets live, and on it goes."""
+    if entry.state == Destination.COMMITTED:
+        entry.to(Destination.RELEASED)
+    rest = entry.rest()
+    if rest is not None and entry.content.process.lives():
+        _let_go(entry.content.process.pid, rest)
+    entry.to(Destination.LIVE)
+
+
+def _let_go(pid: int, rest: Rest) -> None:
     for address, interface in rest.addresses:
         service_address.install(address, interface)
     process = pidfd.open_process(pid)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from agent import inventory, journal, protocol
+from agent import inventory, journal, protocol, states
 from agent.api import Blocker as ApiBlocker
 from agent.api import (
     Checked,
@@ -50,6 +50,7 @@ from agent.protocol import Link, PeerFailed
 from agent.resources.files import FileRef, read_chunks, stamp
 from agent.rounds import Rounds
 from agent.server.store import new_id
+from agent.states import Source, Steps
 from agent.unmovable import Unmovable
 from agent.verify import verify
 from transport.codec import Encoder
@@ -104,6 +105,7 @@ class Migration:
         self.frozen: FrozenProcess | None = None
         self.rounds: Rounds | None = None
         self.network = SourceNetwork()
+        self._steps: Steps[Source] = Steps(states.SOURCE, Source.EXAMINING)
         self._journal: Entry[Departure] | None = None
         self._guardian: Guardian | None = None
         self.dirty_rate = 0.0  # bytes per second, as last measured
@@ -191,7 +193,7 @@ class Migration:
         info = None
         if error is not None:
             info = ErrorInfo(kind=kind, message=_message(error), where=where)  # type: ignore[arg-type]
-        self._state(str(outcome), _message(error) if error else "")
+        self._state(Source(outcome), _message(error) if error else "")
         self.report = msgspec.structs.replace(
             self.report,
             outcome=outcome,
@@ -216,8 +218,10 @@ class Migration:
         given_up = self.frozen.longest_attempt_ms if self.frozen is not None else 0.0
         return round(max(self.rounds.longest_stop_ms, given_up), 3)
 
-    def _state(self, state: str, detail: str = "") -> None:
-        self.emit(StateChanged(state=state, detail=detail))
+    def _state(self, state: Source, detail: str = "") -> None:
+        if state is not Source.EXAMINING:
+            self._steps.to(state)
+        self.emit(StateChanged(state=str(state), detail=detail))
 
     def close(self) -> None:
         if self._guardian is not None:
@@ -233,7 +237,7 @@ class Migration:
     # --- before anything is touched ---
 
     def _examine(self) -> inventory.Inventory:
-        self._state("examining", f"pid {self.request.pid}")
+        self._state(Source.EXAMINING, f"pid {self.request.pid}")
         try:
             self.process = SourceProcess(self.request.pid)
         except ProcessLookupError:
@@ -253,7 +257,7 @@ class Migration:
 
     def _agree(self, found: inventory.Inventory) -> None:
         """Ask the destination; raise Refused with both ends' blockers, or report the check."""
-        self._state("offering", self.request.destination)
+        self._state(Source.OFFERING, self.request.destination)
         assert self.process is not None
         blockers = [*found.blockers, *self.network.blockers]
         notices = [*found.notices, *self.network.notices]
@@ -319,7 +323,7 @@ class Migration:
 
     def _send_files(self) -> None:
         for path in self._missing:
-            self._state("copying", path)
+            self._state(Source.COPYING, path)
             for data in read_chunks(path):
                 self.link.send(protocol.FileData(path=path, data=data, last=False))
             self.link.send(protocol.FileData(path=path, data=b"", last=True))
@@ -327,7 +331,7 @@ class Migration:
     # --- pre-copy ---
 
     def _prepare(self, found: inventory.Inventory) -> None:
-        self._state("preparing")
+        self._state(Source.PREPARING)
         assert self.process is not None
         delta = measure_delta(self.link, self.request.pid)
         self.link.send(
@@ -344,7 +348,7 @@ class Migration:
         )
         self._journal = Entry.begin(
             self.name,
-            "open",
+            states.Departure.OPEN,
             Departure(
                 process=Task.of(self.request.pid),
                 agent=Task.of(os.getpid()),
@@ -354,7 +358,7 @@ class Migration:
                 addresses=tuple(self.network.addresses),
             ),
         )
-        self._guardian = Guardian(self.name)
+        self._guardian = Guardian("outgoing", self.name)
         encoder = Encoder(self.options.compression, self.options.compression_level, self.options.bandwidth)
         self.rounds = Rounds(self.process, self.link, encoder, found.files)
         self.rounds.sender.drop = _page_to_drop()
@@ -367,7 +371,7 @@ class Migration:
 
     def _precopy(self) -> None:
         assert self.rounds is not None
-        self._state("pre-copy")
+        self._state(Source.PRE_COPY)
         policy = Convergence(self.options.downtime_limit_ms, self.options.max_rounds, FIXED_COST_MS)
         pacer = _Pacer(self, policy)
         pending = self.rounds.first()
@@ -414,7 +418,7 @@ class Migration:
 
     def _freeze(self, found: inventory.Inventory) -> None:
         assert self.rounds is not None and self.process is not None
-        self._state("freezing")
+        self._state(Source.FREEZING)
         gc.disable()
         self.link.set_timeout(self.options.freeze_timeout_ms / 1000)
         self.frozen = FrozenProcess(self.process, self.rounds, self.network, self.options, found)
@@ -456,14 +460,14 @@ class Migration:
     def _commit(self) -> None:
         assert self.frozen is not None and self.rounds is not None and self._journal is not None
         frozen = self.frozen
-        self._state("committing")
+        self._state(Source.COMMITTING)
         signals = [*self._signals, *frozen.late_signals(of_threads=False)]
         frozen.commit(self._journal, lambda: self.link.send(protocol.Commit(signals)))
         self.network.withdraw()
         self._send_late(last=False, of_threads=False)
         # one that hangs is asked again, another way (`agent.recovery`)
         live = self.link.expect(protocol.Live, time.monotonic() + self.options.freeze_timeout_ms / 1000)
-        self._journal.to("live")
+        self._journal.to(states.Departure.LIVE)
         frozen.phases.mark("commit")
         self.report = msgspec.structs.replace(
             self.report,
@@ -471,8 +475,8 @@ class Migration:
             phases=(*frozen.phases.taken(), *self._ready_phases, *live.phases),
             address_moved=live.address_moved,
         )
-        self._state("committed")
-        self._state("live", f"{self.report.destination.host}:{self.report.destination.pid}")
+        self._state(Source.COMMITTED)
+        self._state(Source.LIVE, f"{self.report.destination.host}:{self.report.destination.pid}")
         notices = self._afterwards(frozen)
         self.report = msgspec.structs.replace(self.report, notices=(*self.report.notices, *notices))
         self._finish(Outcome.MIGRATED)
@@ -501,7 +505,7 @@ class Migration:
             notices = self.link.expect(protocol.Done, time.monotonic() + 30).notices
             self._forget()
             return notices
-        except (LinkClosed, ProtocolError, PeerFailed, TimeoutError) as error:
+        except Exception as error:
             frozen.bury()
             return (Notice(kind="link", message=f"after the process was live: {_message(error)}"),)
 

@@ -45,6 +45,7 @@ from agent.api import (
 )
 from agent.kernel import procfs
 from agent.server.store import new_id
+from agent.states import FROZEN, LIVE, NO_RETURN, UNTOUCHED
 from transport.link import Link, socket_pair
 from transport.link_errors import LinkError
 from transport.process import LINE_LIMIT
@@ -55,11 +56,6 @@ KILL_GRACE: Final = 30.0
 REASON_TIMEOUT: Final = 3.0  # seconds that a broken link may take to say why
 DEATH_TIMEOUT: Final = 1.0  # seconds that a killed process may take to disappear
 CLEANUP_TIMEOUT: Final = 20.0
-
-NO_RETURN: Final = frozenset({"committing", "committed", "in-doubt"})
-LIVE: Final = frozenset({"live", "migrated"})
-FROZEN: Final = frozenset({"freezing", "ready"})
-UNTOUCHED: Final = frozenset({"", "examining", "offering", "copying", "refused"})
 
 _events = msgspec.json.Decoder(Event)
 _encoder = msgspec.json.Encoder()

@@ -27,7 +27,7 @@ from agent.api import (
     Request,
     SshOptions,
 )
-from agent.supervisor import LIVE
+from agent.states import LIVE
 from migrate.client import Agent, Level, Lost
 from migrate.errors import ExitCode, Failure
 from migrate.watch import Watch

@@ -27,7 +27,7 @@ from agent.api import (
     StateChanged,
 )
 from agent.kernel import procfs
-from agent.supervisor import LIVE, UNTOUCHED
+from agent.states import LIVE, UNTOUCHED
 from transport.process import AgentProcess, ProcessEnd, run_local
 
 GOODBYE_TIMEOUT: Final = 10.0  # seconds that a front may take to end after its last word

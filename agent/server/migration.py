@@ -24,7 +24,7 @@ from agent.api import (
     Request,
 )
 from agent.server.front import Front, Program
-from agent.supervisor import LIVE, NO_RETURN
+from agent.states import LIVE, NO_RETURN
 
 DESERTED_AFTER: Final = 5.0  # seconds without a reader before a move that wants one is given up
 MAX_EVENTS: Final = 20_000  # kept of one migration; further messages (nothing else) are dropped

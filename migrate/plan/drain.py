@@ -18,7 +18,7 @@ from agent.hook_api import (
     DrainSettled,
     DrainStarted,
 )
-from agent.supervisor import UNTOUCHED
+from agent.states import UNTOUCHED
 from migrate.client import Agent, Lost
 from migrate.coordinator import on_interrupt
 from migrate.errors import Failure

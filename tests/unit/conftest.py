@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
-from unit.children import puppet
+from unit.children import puppet, wait_for
 from unit.descriptor_case import Case, Make
 from unit.watched import Watched
 
@@ -26,7 +26,7 @@ def journals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(RUNTIME_VARIABLE, str(place))
         yield place
-    assert [file for file in place.rglob("*") if file.is_file()] == []
+    wait_for(lambda: not any(file.is_file() for file in place.rglob("*")), "the last guardian")
 
 
 @pytest.fixture

@@ -131,6 +131,7 @@ DESTINATION_COMMITS: Final = (
     "send Live",
     "await Late",
     "forget",
+    "send Done",
 )
 
 T = TypeVar("T", Source, Destination, Departure)

@@ -7,7 +7,7 @@ BIN           := $(VENV)/bin
 INSTALLED     := $(VENV)/.installed
 PYTEST        := $(BIN)/python -m pytest
 
-.PHONY: help setup provision lint types programs test-unit test-e2e test-kernel test test-all demo bench bench-docs clean
+.PHONY: help setup provision lint types programs test-unit test-model test-e2e test-kernel test test-all demo bench bench-docs clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,13 +35,16 @@ programs: provision ## build the programs that tests move
 test-unit: setup programs ## test the parts, quick
 	$(PYTEST) tests/unit
 
+test-model: setup ## explore all that can come of a commit
+	$(PYTEST) tests/model
+
 test-e2e: setup programs ## test the whole in a lab of hosts (as root)
 	$(PYTEST) tests/e2e
 
 test-kernel: setup programs ## test on Debian 12's own kernel, in an emulated machine
 	$(PYTEST) tests/kernel
 
-test: setup lint types programs test-unit test-e2e ## everything that every change must pass
+test: setup lint types programs test-model test-unit test-e2e ## everything that every change must pass
 
 test-all: export MIGRATE_TEST_FULL = 1
 test-all: test test-kernel ## the same with every test at full length, and on the older kernel

@@ -1,9 +1,11 @@
-"""Everything that can come of a commit: two engines, a link, a settlement and a recovery, in every order, with faults.
+"""Everything that can come of a commit: two engines, a link, a settlement and a recovery, in every order,
+with faults.
 
-The engines do the steps of `agent.states.SOURCE_COMMITS` and `DESTINATION_COMMITS` in their order, whoever settles
-or recovers does what `settled` and `recovered` say; a test compares the order with what the real ones do. What is
-around them is modelled here: the kernel's part (what becomes of a task whose tracer dies), a link that loses what it
-carries when it is cut, questions that are lost, repeated, or answered after the one who asked has died.
+The engines do the steps of `agent.states.SOURCE_COMMITS` and `DESTINATION_COMMITS` in their order, whoever
+settles or recovers does what `settled` and `recovered` say; a test compares the order with what the real
+ones do. What is around them is modelled here: the kernel's part (what becomes of a task whose tracer dies),
+a link that loses what it carries when it is cut, questions that are lost, repeated, or answered after the
+one who asked has died.
 """
 
 from __future__ import annotations
@@ -144,6 +146,11 @@ class Explorer:
                 yield "Live comes too late", _source_ends(_cut(s))
             case "await Live":
                 yield "no Live", _source_ends(_cut(s))
+            case _:
+                yield from self._source_afterwards(s, step, on)
+
+    def _source_afterwards(self, s: State, step: str, on: State) -> Iterator[Move]:
+        match step:
             case "journal live":
                 yield "source journals live", on._replace(departure=Departure.LIVE)
             case "bury":
@@ -175,6 +182,11 @@ class Explorer:
                 yield step, on._replace(destination_copy="stopped")
             case "journal released" if s.arrival == Destination.COMMITTED:
                 yield step, on._replace(arrival=Destination.RELEASED)
+            case _:
+                yield from self._destination_afterwards(s, step, on)
+
+    def _destination_afterwards(self, s: State, step: str, on: State) -> Iterator[Move]:
+        match step:
             case "activate":
                 yield step, on._replace(active=True)
             case "lift":
@@ -244,7 +256,8 @@ class Explorer:
             yield "link cut, all lost", _cut(s)._replace(reachable=False, to_destination=(), to_source=())
         if s.source_at >= 0:
             yield "source engine dies", _source_ends(_cut(s))
-            yield "source engine dies, what it sent is lost", _source_ends(_cut(s)._replace(to_destination=()))
+            lost = _cut(s)._replace(to_destination=())
+            yield "source engine dies, what it sent is lost", _source_ends(lost)
         if s.destination_at >= 0:
             yield "destination agent dies", _agent_dies(s)
         if s.guardian:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 
 import pytest
-from model.commit import Explorer, Rules
 
 from agent import states
 from agent.states import Departure, Destination, Recovering, Settling
+from model.commit import Explorer, Rules
 
 FAULTS = 8 if os.environ.get("MIGRATE_TEST_FULL") == "1" else 3
 
@@ -81,7 +81,8 @@ SOURCE, DESTINATION = states.SOURCE_COMMITS, states.DESTINATION_COMMITS
             id="destination does not journal",
         ),
         pytest.param(
-            Rules(destination=moved(DESTINATION, "lift", "journal committed")), id="let go before it is journaled"
+            Rules(destination=moved(DESTINATION, "lift", "journal committed")),
+            id="let go before it is journaled",
         ),
         pytest.param(Rules(destination=without(DESTINATION, "hold")), id="destination is not held"),
         pytest.param(Rules(destination=without(DESTINATION, "outlive")), id="killed with its agent"),

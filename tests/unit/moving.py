@@ -28,6 +28,7 @@ from agent.api import (
     Request,
     StateChanged,
 )
+from agent.server.store import new_id
 
 
 class Moving:
@@ -143,6 +144,7 @@ class Move:
         prepare: Callable[[], None] = lambda: None,
         operation: str = "move",
     ) -> None:
+        self.name = new_id()
         self.events: list[Event] = []
         self.states: list[str] = []
         self._on_state = on_state
@@ -150,7 +152,7 @@ class Move:
         pid = program if isinstance(program, int) else program.pid
         request = Request(operation=operation, pid=pid, destination="here", options=options)  # type: ignore[arg-type]
         try:
-            source.run(request, self.destination.link, self._emit, lambda: aborted(self))
+            source.run(request, self.destination.link, self._emit, lambda: aborted(self), self.name)
         finally:
             gc.enable()
             gc.unfreeze()

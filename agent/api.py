@@ -23,7 +23,7 @@ class Outcome(enum.StrEnum):
     MIGRATED = "migrated"
     REFUSED = "refused"  # nothing was touched
     ROLLED_BACK = "rolled-back"  # the source runs on
-    IN_DOUBT = "in-doubt"  # the link broke between READY and COMMIT
+    IN_DOUBT = "in-doubt"  # contact was lost in the commit: the copy here is stopped until it is settled
 
 
 class SshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -228,7 +228,7 @@ class Connected(msgspec.Struct, frozen=True, kw_only=True):
 class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One migration.
 
-    "lost": the service ended before it did; it was rolled back unless it had been committed.
+    "lost": the service ended before it did, and nobody has said yet what came of it.
     """
 
     id: str
@@ -238,6 +238,14 @@ class MigrationRecord(msgspec.Struct, frozen=True, kw_only=True):
     created: datetime
     finished: datetime | None = None
     report: Report | None = None
+
+
+class Resolve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where a migration that is in doubt has ended, by somebody who knows. None: ask the destination once
+    more.
+    """
+
+    live: Literal["source", "destination"] | None = None
 
 
 class MigrationList(msgspec.Struct, frozen=True, kw_only=True):

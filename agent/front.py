@@ -30,6 +30,8 @@ from agent.api import (
     Report,
     Request,
 )
+from agent.server import places
+from agent.server.store import Store
 from agent.supervisor import Supervisor, handle_signals
 from transport.target import InvalidTarget, parse_host
 
@@ -47,11 +49,14 @@ class EventWriter:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self.last: Event | None = None
+        self.broken = False  # nobody reads any more
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def write(self, event: Event, line: bytes) -> None:
+        self.last = event
         if not (isinstance(event, Progress) and self._lines.qsize() > MAX_WAITING):
             self._lines.put(line + b"\n")
 
@@ -66,6 +71,7 @@ class EventWriter:
                 while line:
                     line = line[os.write(self._fd, line) :]
             except OSError:
+                self.broken = True
                 return
 
 
@@ -171,6 +177,8 @@ async def serve(
         return EXIT_BAD_REQUEST
     finally:
         writer.close()
+    if writer.broken and name is not None and isinstance(writer.last, Finished):
+        Store(places.default().reports).finish(name, writer.last.report)  # its service has died
     return 0
 
 

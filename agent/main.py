@@ -75,10 +75,11 @@ def destination() -> None:
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)  # a stray print must not damage the stream
-    from agent import launch
+    from agent import launch, settle
     from agent.destination import serve
 
     launch.raise_descriptor_limit()
+    settle.sweep()
     serve(reading, writing)
 
 

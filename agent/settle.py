@@ -51,6 +51,15 @@ def settle(migration: str, boot: str = "") -> Verdict:
                     return verdict
 
 
+def sweep() -> None:
+    """Settle what dead agents have left. Entries that are live stay: their source is to be told."""
+    for entry in list(journal.every(Arrival)):
+        if entry.state is not Destination.LIVE and not entry.content.agent.lives():
+            with contextlib.suppress(OSError, ValueError):  # somebody else does, or will
+                if settle(entry.migration).state == "void":
+                    forget(entry.migration)
+
+
 def _step(entry: Entry[Arrival] | None) -> Verdict | None:
     """Do what is to be done next; the verdict once there is one. Overtaken."""
     if entry is None:

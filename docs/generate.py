@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Render docs/what-migrates.md from the code that decides it, so that the page cannot lie.
+"""Render docs/what-migrates.md, and the diagrams of states in docs/architecture.md, from the code that
+decides it, so that the pages cannot lie.
 
-    python docs/generate.py            write the page
-    python docs/generate.py --check    exit status 1 if the page is not what would be written
+    python docs/generate.py            write the pages
+    python docs/generate.py --check    exit status 1 if one is not what would be written
 
 The prose is docs/what-migrates.in.md; a line `{{name}}` in it is replaced by the table `name` of TABLES. Of
 descriptors we ask agent.kinds, of mappings agent.resources.mappings, of a process agent.state. Every other
@@ -23,7 +24,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from agent import inventory, kinds
+from agent import inventory, kinds, states
 from agent.api import Blocker
 from agent.descriptors import OpenFile, SourceProcess
 from agent.resources import char_device, mappings
@@ -34,6 +35,7 @@ DOCS: Final = Path(__file__).resolve().parent
 AGENT: Final = DOCS.parent / "agent"
 TEMPLATE: Final = DOCS / "what-migrates.in.md"
 PAGE: Final = DOCS / "what-migrates.md"
+ARCHITECTURE: Final = DOCS / "architecture.md"
 NOTE: Final = (
     "<!-- Rendered by docs/generate.py from docs/what-migrates.in.md and the code. Do not edit. -->\n"
 )
@@ -357,14 +359,25 @@ def render() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    text = render()
-    if arguments != ["--check"]:
-        PAGE.write_text(text)
-        return 0
-    if PAGE.exists() and PAGE.read_text() == text:
-        return 0
-    print(f"{PAGE} is not what the code says: run {sys.argv[0]}", file=sys.stderr)
-    return 1
+    pages = {PAGE: render(), ARCHITECTURE: with_diagrams(ARCHITECTURE.read_text())}
+    wrong = [page for page, text in pages.items() if not page.exists() or page.read_text() != text]
+    if arguments == ["--check"]:
+        for page in wrong:
+            print(f"{page} is not what the code says: run {sys.argv[0]}", file=sys.stderr)
+        return 1 if wrong else 0
+    for page in wrong:
+        page.write_text(pages[page])
+    return 0
+
+
+def with_diagrams(page: str) -> str:
+    """With the tables of agent.states between their markers."""
+    for role, table in (("source", states.SOURCE), ("destination", states.DESTINATION)):
+        begin, end = f"<!-- begin: states of the {role} -->\n", f"<!-- end: states of the {role} -->\n"
+        before, rest = page.split(begin)
+        drawn = f"```mermaid\n{states.diagram(table)}\n```\n"
+        page = before + begin + drawn + end + rest.split(end)[1]
+    return page
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from migrate.commands.move import move
 from migrate.commands.plan import plan
 from migrate.commands.ps import ps
 from migrate.commands.report import report
+from migrate.commands.resolve import resolve
 from migrate.commands.status import status
 from migrate.completion import SHELLS, script
 from migrate.errors import MEANING, ExitCode, Failure
@@ -71,7 +72,7 @@ def version() -> None:
     click.echo(f"migrate {installed()}")
 
 
-for _command in (check, move, ps, status, attach, abort, report, plan, hook):
+for _command in (check, move, ps, status, attach, abort, resolve, report, plan, hook):
     cli.add_command(_command)
 
 

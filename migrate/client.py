@@ -36,6 +36,7 @@ from agent.api import (
     MigrationRecord,
     ProcessInfo,
     Request,
+    Resolve,
     SshOptions,
 )
 from agent.hook_api import Drain, DrainEvent, DrainReport, Select, Selection
@@ -137,6 +138,12 @@ class Agent:
     async def abort(self, id: str) -> MigrationRecord:
         """Ask for a move to be rolled back; Failure if it is too late. Its report says what came of it."""
         async with self._ask("POST", f"/v1/migrations/{id}/abort") as answer:
+            return msgspec.json.decode(await answer.read(), type=MigrationRecord)
+
+    async def resolve(self, id: str, wanted: Resolve) -> MigrationRecord:
+        """Settle a move that is in doubt; Failure if it is not."""
+        body = msgspec.json.encode(wanted)
+        async with self._ask("POST", f"/v1/migrations/{id}/resolve", data=body) as answer:
             return msgspec.json.decode(await answer.read(), type=MigrationRecord)
 
     async def select(self, select: Select) -> Selection:

@@ -31,7 +31,7 @@ MEANING: Final = {
     ExitCode.USAGE: "the command line is wrong; nothing was touched",
     ExitCode.REFUSED: "refused, nothing was touched; for check: something stands in the way",
     ExitCode.ROLLED_BACK: "rolled back: the process runs on where it was",
-    ExitCode.IN_DOUBT: "in doubt: contact was lost at the point of no return, look at both hosts",
+    ExitCode.IN_DOUBT: "in doubt: contact was lost in the commit, and the destination cannot be asked yet",
     ExitCode.UNREACHABLE: "a host or its agent could not be reached; nothing was touched",
 }
 

@@ -12,6 +12,7 @@ from migrate.errors import ExitCode, Failure
 
 RETRY_FOR: Final = 20.0  # seconds
 RETRY_EVERY: Final = 1.0
+RECOVERED_IN: Final = 45.0  # engines that nobody can ask any more have rolled back by then
 
 Connect = Callable[[], Awaitable[Agent]]
 
@@ -37,7 +38,8 @@ class Watch:
             except Lost as lost:
                 self._on_event(Log(level="warning", message=f"{lost}; trying again"))
                 await self._reconnect(lost)
-                await self._make_sure(lost)
+                if (ended := await self._make_sure(lost)) is not None:
+                    return ended
 
     async def finish(self) -> None:
         """After the end: what is still said, until its processes are gone."""
@@ -70,14 +72,24 @@ class Watch:
                     raise lost from None
             await asyncio.sleep(RETRY_EVERY)
 
-    async def _make_sure(self, lost: Lost) -> None:
-        """That it is still known: a service that was killed leaves its migrations to themselves."""
-        try:
-            record = await self.agent.migration(self.id)
-        except Failure:
-            raise lost from None
-        if record.status == "lost":
-            raise _lost(f"{self.agent.name}: the agent's service ended, and left the migration to itself")
+    async def _make_sure(self, lost: Lost) -> Finished | None:
+        """That it is still known. One that a killed service left to itself ends by itself, or is put in
+        order.
+        """
+        deadline = asyncio.get_running_loop().time() + RECOVERED_IN
+        while True:
+            try:
+                record = await self.agent.migration(self.id)
+            except Failure:
+                raise lost from None
+            if record.status == "running":
+                return None
+            if record.report is not None:  # of its events, those of a killed service are lost
+                return Finished(report=record.report)
+            if asyncio.get_running_loop().time() > deadline:
+                what = "the agent's service ended, and left the migration to itself"
+                raise _lost(f"{self.agent.name}: {what}")
+            await asyncio.sleep(RETRY_EVERY)
 
 
 def _lost(message: str) -> Lost:

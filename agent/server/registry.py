@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import msgspec
 
-from agent.api import Event, Log, MigrationList, MigrationRecord, Request
+from agent import settlement
+from agent.api import (
+    Endpoint,
+    ErrorInfo,
+    Event,
+    Log,
+    MigrationList,
+    MigrationRecord,
+    Report,
+    Request,
+)
+from agent.recovery import Live, Recovery
 from agent.server.front import Front, Program
 from agent.server.migration import DESERTED_AFTER, Migration, Stream, TooLate
 from agent.server.store import Store, Stored, new_id
@@ -85,6 +97,36 @@ class Registry:
         except TooLate as error:
             raise Conflict(str(error)) from None
         return running.record
+
+    def is_running(self, id: str) -> bool:
+        return id in self._running and not self._running[id].stream.over
+
+    async def resolve(self, id: str, live: Live | None) -> MigrationRecord:
+        """Settle it; KeyError, Conflict if there is no doubt."""
+        if self.is_running(id):
+            raise Conflict("it is not over")
+        record = self.get(id)
+        done = await settlement.recover(id, live)
+        if done.outcome is None:
+            how = record.report.outcome if record.report is not None else record.status
+            raise Conflict(f"it is not in doubt: {how}, and {done.message}")
+        self.recovered(id, done)
+        return self.get(id)
+
+    def recovered(self, id: str, done: Recovery) -> None:
+        """What became of a migration that had no end, or one in doubt."""
+        if done.outcome is None:
+            return
+        stored = self._store.load(id)
+        if stored is None:  # of another service's time, and removed since
+            return
+        report = stored.record.report or Report(
+            outcome=done.outcome,
+            source=Endpoint(host=platform.node(), pid=stored.record.request.pid),
+            destination=Endpoint(host=stored.record.request.destination),
+        )
+        error = ErrorInfo(kind="recovered", message=done.message, where="source")
+        self._store.finish(id, msgspec.structs.replace(report, outcome=done.outcome, error=error))
 
     async def events(self, id: str, start: int) -> AsyncIterator[bytes]:
         """Its events as lines of JSON, those to come too if it runs; KeyError."""

@@ -26,6 +26,7 @@ from agent.api import (
     MigrationRecord,
     ProcessInfo,
     Request,
+    Resolve,
 )
 from agent.front import BadRequest, validate
 from agent.server import hooks
@@ -125,6 +126,14 @@ async def migration(request: web.Request) -> web.Response:
 
 async def abort(request: web.Request) -> web.Response:
     return answer_json(request.app[REGISTRY].abort(_id(request), "aborted by request"), 202)
+
+
+async def resolve(request: web.Request) -> web.Response:
+    try:
+        wanted = msgspec.json.decode(await request.read(), type=Resolve)
+    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
+        raise BadRequest(f"not a resolution: {error}") from None
+    return answer_json(await request.app[REGISTRY].resolve(_id(request), wanted.live))
 
 
 async def events(request: web.Request) -> web.StreamResponse:
@@ -251,6 +260,17 @@ ROUTES: Final = (
         parameters=(_ID,),
         answer=MigrationRecord,
         errors=(400, 404, 409),
+    ),
+    Route(
+        "POST",
+        "/v1/migrations/{id}/resolve",
+        resolve,
+        "Settle a move that is in doubt: by asking its destination, or by the word of somebody who knows.",
+        "409 where there is no doubt.",
+        parameters=(_ID,),
+        body=Resolve,
+        answer=MigrationRecord,
+        errors=(400, 404, 409, 413),
     ),
     Route(
         "GET",

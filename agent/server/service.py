@@ -30,6 +30,7 @@ from agent.server.connect import EXIT_LOCKED
 from agent.server.front import Program
 from agent.server.migration import DESERTED_AFTER
 from agent.server.places import Places, UnsafeDirectory, make_private
+from agent.server.recoveries import Recoveries
 from agent.server.registry import Registry
 from agent.server.routes import application
 from agent.server.store import Store
@@ -126,11 +127,14 @@ async def _serve(settings: Settings, forget: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     site = web.SockSite(runner, _bind(settings.places), backlog=BACKLOG)
+    recoveries = Recoveries(registry)
+    recovering = asyncio.create_task(recoveries.run())
     try:
         await site.start()
         _log.info("serving at %s", settings.places.socket)
-        await _until_over(settings, runner, registry, stop)
+        await _until_over(settings, runner, lambda: registry.busy or recoveries.waiting, stop)
     finally:
+        recovering.cancel()
         forget()
         await site.stop()
         await registry.close(CLOSE_REASON)
@@ -139,7 +143,7 @@ async def _serve(settings: Settings, forget: Callable[[], None]) -> None:
 
 
 async def _until_over(
-    settings: Settings, runner: web.AppRunner, registry: Registry, stop: asyncio.Event
+    settings: Settings, runner: web.AppRunner, busy: Callable[[], bool], stop: asyncio.Event
 ) -> None:
     """Until told to end, or nothing has happened for long enough."""
     if settings.idle_exit is None:
@@ -152,5 +156,5 @@ async def _until_over(
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), min(1.0, settings.idle_exit / 4))
             return
-        if registry.busy or runner.server.connections:
+        if busy() or runner.server.connections:
             used = now()

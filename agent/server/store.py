@@ -11,12 +11,13 @@ import os
 import re
 import secrets
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from agent.api import MigrationRecord
+from agent.api import Finished, MigrationRecord, Report
 from agent.server.places import make_private
 
 KEPT: Final = 1000
@@ -59,6 +60,21 @@ class Store:
         except OSError:
             new.unlink(missing_ok=True)
             raise
+
+    def finish(self, id: str, report: Report) -> None:
+        """How it ended, of a migration that its service cannot follow any more. OSError."""
+        stored = self.load(id)
+        if stored is None:
+            return
+        record = msgspec.structs.replace(
+            stored.record,
+            status="finished",
+            state=str(report.outcome),
+            finished=stored.record.finished or datetime.now(UTC),
+            report=report,
+        )
+        last = msgspec.json.encode(Finished(report=report))
+        self.save(record, [*map(bytes, stored.events), last])
 
     def load(self, id: str) -> Stored | None:
         """None if there is none of that name, or none that could be read."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from e2e.redis_session import PORT, RedisSession
-from e2e.support import IN_DOUBT, ROLLED_BACK, SERVICE, Hosts, Place, start_selfcheck
+from e2e.support import ROLLED_BACK, SERVICE, Hosts, Place, start_selfcheck
 from lab.fixture import until
 
 from agent import cleanup
@@ -143,19 +143,28 @@ def test_all_of_the_source_is_killed_in_the_freeze(session: RedisSession, visito
 
 
 def test_nobody_of_the_source_is_left_in_the_freeze(session: RedisSession, visitor: Visitor) -> None:
-    """A person cleans up, and so does the next service."""
+    """The service that the tool starts, when it asks for the migration again, puts it in order."""
+    frozen = FrozenMove(session)
+    assert left_in(frozen.outside).scratches and left_in(frozen.outside).sockets
+    frozen.kill("guardian", "service", "source", "worker")
+    status, message = frozen.outcome()
+    assert status == ROLLED_BACK and "unlocked the socket" in message and "removed the mapping" in message
+    assert not left_in(frozen.outside)
+    visitor.assert_served()
+    assert session.lab.run("alpha", "ls", "/run/migrate/outgoing") == ""
+
+
+def test_a_person_puts_in_order_what_is_left(session: RedisSession, visitor: Visitor) -> None:
     lab = session.lab
     frozen = FrozenMove(session)
     left = left_in(frozen.outside)
-    assert left.scratches and left.sockets
-    frozen.kill("guardian", "service", "source", "worker")
-    assert frozen.outcome()[0] == IN_DOUBT
-    (name,) = lab.run("alpha", "ls", "/run/migrate/outgoing").split()
-    done = lab.run("alpha", "migrate-agent", "recover", name.partition(".")[0])
+    frozen.kill("coordinator", "guardian", "service", "source", "worker")
+    (file,) = lab.run("alpha", "ls", "/run/migrate/outgoing").split()
+    done = lab.run("alpha", "migrate-agent", "recover", file.partition(".")[0])
     assert done.count("unlocked the socket") == len(left.sockets) and "removed the mapping" in done
     assert not left_in(frozen.outside)
     visitor.assert_served()
-    assert "nothing is left" in lab.run("alpha", "migrate-agent", "recover", name.partition(".")[0])
+    assert "nothing is left" in lab.run("alpha", "migrate-agent", "recover", file.partition(".")[0])
     assert lab.run("alpha", "ls", "/run/migrate/outgoing") == ""
 
 

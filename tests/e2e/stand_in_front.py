@@ -20,7 +20,8 @@ def main(scenario: str, command: str, *options: str) -> int:
 
     program = [sys.executable, __file__, scenario]
     if command == "source":
-        return asyncio.run(serve(0, 1, ([sys.executable, str(ENGINE), scenario], dict(os.environ))))
+        engine = [sys.executable, str(ENGINE), scenario], dict(os.environ)
+        return asyncio.run(serve(0, 1, engine, name=options[1] if options else None))
     if command == "connect":
         return connect.bridge(places.default(), [*program, "serve"], dict(os.environ))
     log.set_up(2, "text")

@@ -59,6 +59,7 @@ from transport.frames import LinkClosed, ProtocolError
 Emit = Callable[[Event], None]
 
 _SHOWN = 5  # of what stands in the way, in one line; the report has all
+STALL_SECONDS = 120.0  # that nothing at all moves on the link before the freeze
 FIXED_COST_MS = 15.0  # of a freeze before this migration has measured anything
 
 
@@ -333,6 +334,7 @@ class Migration:
     def _prepare(self, found: inventory.Inventory) -> None:
         self._state(Source.PREPARING)
         assert self.process is not None
+        self.link.set_timeout(STALL_SECONDS)
         delta = measure_delta(self.link, self.request.pid)
         self.link.send(
             protocol.Prepare(

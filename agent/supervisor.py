@@ -45,7 +45,7 @@ from agent.api import (
 )
 from agent.kernel import procfs
 from agent.server.store import new_id
-from agent.states import FROZEN, LIVE, NO_RETURN, UNTOUCHED
+from agent.states import FROZEN, LIVE, NO_RETURN, UNTOUCHED, Source
 from transport.link import Link, socket_pair
 from transport.link_errors import LinkError
 from transport.process import LINE_LIMIT
@@ -56,6 +56,9 @@ KILL_GRACE: Final = 30.0
 REASON_TIMEOUT: Final = 3.0  # seconds that a broken link may take to say why
 DEATH_TIMEOUT: Final = 1.0  # seconds that a killed process may take to disappear
 CLEANUP_TIMEOUT: Final = 20.0
+STILL: Final = FROZEN | {Source.COMMITTING}
+STILL_PATIENCE: Final = 10.0  # seconds beyond the freeze's own limit
+VERIFYING: Final = 10  # times as long: all memory is read
 
 _events = msgspec.json.Decoder(Event)
 _encoder = msgspec.json.Encoder()
@@ -151,13 +154,25 @@ class Supervisor:
         worker.stdin.close()
         nagging = asyncio.ensure_future(self._press_on(worker))
         try:
-            while line := await events.readline():
+            while line := await self._next_line(worker, events):
                 await self._on_event(line)
             await worker.wait()
         finally:
             nagging.cancel()
         if not self._final:
             await self._report_crash(worker)
+
+    async def _next_line(self, worker: Process, events: asyncio.StreamReader) -> bytes:
+        """b"" at the end. An engine that hangs while the process stands still is ended."""
+        options = self._request.options
+        patience = options.freeze_timeout_ms / 1000 + STILL_PATIENCE * (VERIFYING if options.verify else 1)
+        reading = asyncio.ensure_future(events.readline())
+        done, _ = await asyncio.wait([reading], timeout=patience if self._state in STILL else None)
+        if not done:
+            self._last_error = f"it has done nothing for {patience:.0f} s while the process stood still"
+            with contextlib.suppress(ProcessLookupError):
+                worker.kill()
+        return await reading
 
     async def _press_on(self, worker: Process) -> None:
         """Once asked to abort.

@@ -132,6 +132,23 @@ def test_an_engine_that_dies_leaves_a_true_report(
     assert ("cleaned up (nothing is left)" in front.report.error.message) == (outcome == "rolled-back")
 
 
+@pytest.mark.parametrize(("state", "outcome"), [("freezing", "rolled-back"), ("committing", "in-doubt")])
+def test_an_engine_that_hangs_while_the_process_stands_still_is_ended(
+    server: PrivateSshd,
+    sleeper: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    outcome: str,
+) -> None:
+    """Before that it may hang: the process runs."""
+    monkeypatch.setattr(module, "STILL_PATIENCE", 0.2)
+    request = request_for(server, sleeper.pid)
+    options = msgspec.structs.replace(request.options, freeze_timeout_ms=100.0)
+    front = played(msgspec.structs.replace(request, options=options), f"{state}:deaf")
+    assert front.report.outcome == outcome and front.report.error is not None
+    assert "has done nothing for 0 s while the process stood still" in front.report.error.message
+
+
 def test_what_cannot_be_cleaned_up_is_said(server: PrivateSshd, sleeper: subprocess.Popen[bytes]) -> None:
     """With what to do about it. Here another agent, this test, has something in the process."""
     place = scratch.choose(procfs.maps(sleeper.pid))

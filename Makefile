@@ -7,7 +7,8 @@ BIN           := $(VENV)/bin
 INSTALLED     := $(VENV)/.installed
 PYTEST        := $(BIN)/python -m pytest
 
-.PHONY: help setup provision lint types programs test-unit test-model test-e2e test-kernel test test-all demo bench bench-docs clean
+.PHONY: help setup provision lint types programs test-unit test-model test-e2e test-faults test-kernel test test-all faults \
+        demo bench bench-docs clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,13 +42,22 @@ test-model: setup ## explore all that can come of a commit
 test-e2e: setup programs ## test the whole in a lab of hosts (as root)
 	$(PYTEST) tests/e2e
 
+test-faults: setup programs ## test what is left when agents, links and calls fail in moves (as root)
+	$(PYTEST) tests/faults
+
 test-kernel: setup programs ## test on Debian 12's own kernel, in an emulated machine
 	$(PYTEST) tests/kernel
 
-test: setup lint types programs test-model test-unit test-e2e ## everything that every change must pass
+test: setup lint types programs test-model test-unit test-e2e test-faults ## everything that every change must pass
 
 test-all: export MIGRATE_TEST_FULL = 1
-test-all: test test-kernel ## the same with every test at full length, and on the older kernel
+test-all: RUNS ?= 1000
+test-all: test test-kernel faults ## the same with every test at full length, and on the older kernel
+
+# make faults RUNS=1000 SEED=1, ONLY="Commit/*", MATRIX=1 (all cases that there are, which takes hours)
+faults: setup programs ## move a process to and fro, with a fault in each move (as root)
+	PYTHONPATH=tests $(BIN)/python -m faults $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(MATRIX),--matrix) $(foreach name,$(ONLY),--only '$(name)')
 
 demo: setup programs ## move a real redis-server under load between two hosts, and show the report
 	tests/demo/demo

@@ -35,9 +35,10 @@ _VMFLAGS: Final = {
     "sr": Flag.SEQUENTIAL,
     "rr": Flag.RANDOM,
 }
-# VmFlags that need nothing: rights, kinds of bookkeeping, our own userfaultfd, "may" bits
+# VmFlags that need nothing: rights, kinds of bookkeeping, our own userfaultfd, "may" bits, and that there may be guard
+# regions (since Linux 6.18 or 6.19): which there are, the scans tell
 _HARMLESS: Final = frozenset(
-    ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "ac", "uw", "um", "ui", "sd", "mt", "de"]
+    ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "ac", "uw", "um", "ui", "sd", "mt", "de", "gu"]
 )
 _REFUSED: Final = {
     "ht": ("hugetlb", "hugetlbfs pages"),

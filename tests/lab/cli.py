@@ -7,13 +7,15 @@ import functools
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lab import enter, keys, processes, state, supervisor
 from lab.link import Link
-from lab.plan import Bandwidth, LabError, Plan, shared
+from lab.plan import Bandwidth, LabError, Plan, shared, variable
 
 USAGE, FAILED = 2, 1
+T = TypeVar("T")
 
 
 def main(arguments: list[str], description: str) -> int:
@@ -39,11 +41,16 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:place], arguments[place + 1 :]
 
 
-def _bandwidth(text: str) -> Bandwidth:
-    try:
-        return Bandwidth.parse(text)
-    except ValueError as err:
-        raise argparse.ArgumentTypeError(str(err)) from err
+def _argument(read: Callable[[str], T]) -> Callable[[str], T]:
+    """What reads an argument, its error said by argparse."""
+
+    def checked(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as err:
+            raise argparse.ArgumentTypeError(str(err)) from err
+
+    return checked
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -54,7 +61,16 @@ def _parser(description: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", parents=[common], help="raise the hosts")
     up.add_argument("--hosts", type=int, default=2)
-    up.add_argument("--bandwidth", type=_bandwidth, help="limit of each host's link, each way, e.g. 1gbit")
+    bandwidth = _argument(Bandwidth.parse)
+    up.add_argument("--bandwidth", type=bandwidth, help="limit of each host's link, each way, e.g. 1gbit")
+    up.add_argument(
+        "--variable",
+        type=_argument(variable),
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the environment of every command in a host, also of those that come by ssh; repeatable",
+    )
     up.add_argument("--tether", type=int, metavar="FD", help="the lab ends when FD reads end of file")
     execute = commands.add_parser("exec", parents=[common], help="run a command in a host")
     execute.add_argument("-d", "--detach", action="store_true")
@@ -71,7 +87,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _up(options: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise LabError("only root can make hosts")
-    plan = Plan.make(options.name, options.hosts, options.bandwidth)
+    plan = Plan.make(options.name, options.hosts, options.bandwidth, dict(options.variable))
     state.claim(plan.name, plan.environment)
     try:
         _raise(plan, keys.generate(plan), options.tether)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,10 +39,19 @@ class Lab:
     ...     pid = lab.spawn("alpha", "sleep", "100")
     """
 
-    def __init__(self, name: str = "test", hosts: int = 2, bandwidth: str | None = None) -> None:
+    def __init__(
+        self,
+        name: str = "test",
+        hosts: int = 2,
+        bandwidth: str | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """`variables` are in the environment of every command in a host."""
         self.name = f"{name}-{os.getpid()}"
         self.shared: Path = plan.shared(self.name)  # while it is up: a directory of all hosts, and of ours
         self._options = ["--hosts", str(hosts), *(["--bandwidth", bandwidth] if bandwidth else [])]
+        for variable, value in (variables or {}).items():
+            self._options += ["--variable", f"{variable}={value}"]
         self._tether: int | None = None
 
     def __enter__(self) -> Self:

@@ -7,7 +7,8 @@ import pwd
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 NAMES = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
@@ -44,6 +45,14 @@ class Bandwidth:
     def burst(self) -> int:
         """Bytes that may pass at once: 4 ms of the rate, at least two 64 KiB segments of a virtual link."""
         return max(self.bits // 8 // 250, 128 * 1024)
+
+
+def variable(text: str) -> tuple[str, str]:
+    """Read "NAME=VALUE". Raises ValueError, also for what sshd_config(5) could not hold in quotes."""
+    name, equals, value = text.partition("=")
+    if not (equals and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)) or re.search(r'["\n]', value):
+        raise ValueError(f"not a variable: {text!r} (example: NAME=value)")
+    return name, value
 
 
 @dataclass(frozen=True)
@@ -89,22 +98,29 @@ class Plan:
     hosts: tuple[Host, ...]
     bandwidth: Bandwidth | None
     programs: Path | None  # the directory of `migrate` and `migrate-agent`
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the environment of every command
 
     @classmethod
-    def make(cls, name: str, hosts: int, bandwidth: Bandwidth | None = None) -> Plan:
+    def make(
+        cls,
+        name: str,
+        hosts: int,
+        bandwidth: Bandwidth | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> Plan:
         """Plan `hosts` hosts and a client. Raises LabError if there are too many, or `name` is no name."""
         if not 1 <= hosts <= len(NAMES):
             raise LabError(f"a lab has 1 to {len(NAMES)} hosts, not {hosts}")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise LabError(f"not a lab's name: {name!r} (letters, digits, '_', '-')")
         named = [Host(each, index) for index, each in enumerate(NAMES[:hosts])]
-        return cls(name, (*named, Host(CLIENT, len(NAMES))), bandwidth, find_programs())
+        return cls(name, (*named, Host(CLIENT, len(NAMES))), bandwidth, find_programs(), variables or {})
 
     @property
     def environment(self) -> dict[str, str]:
         """What every command in a host starts with."""
         path = SYSTEM_PATH if self.programs is None else f"{self.programs}:{SYSTEM_PATH}"
-        return {"PATH": path, "HOME": str(home()), "LANG": "C.UTF-8"}
+        return {"PATH": path, "HOME": str(home()), "LANG": "C.UTF-8", **self.variables}
 
     @property
     def visible(self) -> tuple[Path, ...]:

@@ -17,8 +17,9 @@
 #include "common/load.h"
 #include "common/pattern.h"
 #include "common/status.h"
+#include "common/unsettled.h"
 
-enum { THREADS_MAX = 64, WORDS = PAGE / 8, CHUNK = 64 };
+enum { THREADS_MAX = 64, FILES_MAX = 16, WORDS = PAGE / 8, CHUNK = 64 };
 enum fill { RANDOM, TEXT, ZERO, SPARSE };
 
 static struct {
@@ -26,8 +27,10 @@ static struct {
     double rate, seconds;                    /* rate: bytes per second, of all writers together */
     int threads, sleepers;
     enum fill fill;
-    bool sweep, spin;
-    const char *status, *log, *trace, *listen;
+    bool sweep, spin, unsettled;
+    const char *status, *log, *trace, *listen, *open;
+    const char *files[FILES_MAX]; /* that the unsettled thread maps */
+    size_t file_count;
 } options = {.megabytes = 64, .mappings = 1, .rate = 10e6, .threads = 1};
 
 struct writer {
@@ -163,7 +166,8 @@ static void usage(void)
 {
     fputs("usage: heartbeat [--megabytes M] [--mappings N] [--fill random|text|zero|sparse]\n"
           "                 [--rate MB/s] [--sweep] [--working-set M] [--threads N] [--sleepers N] [--spin]\n"
-          "                 [--listen ADDRESS:PORT] [--seconds S] [--status FILE] [--log FILE] [--trace FILE]\n"
+          "                 [--listen ADDRESS:PORT] [--unsettled [--map FILE]... [--open FILE]]\n"
+          "                 [--seconds S] [--status FILE] [--log FILE] [--trace FILE]\n"
           "zero memory is not there until it is written; sparse is there, and three of four pages are zeros.\n"
           "SIGUSR1 prints the status and starts a new window for the longest gap; SIGTERM checks all and ends.\n",
           stderr);
@@ -186,7 +190,8 @@ static void parse(int count, char **arguments)
         {"megabytes", 1, 0, 'm'}, {"mappings", 1, 0, 'n'}, {"rate", 1, 0, 'r'},   {"sweep", 0, 0, 'w'},
         {"fill", 1, 0, 'f'},      {"threads", 1, 0, 't'},  {"status", 1, 0, 's'}, {"log", 1, 0, 'l'},
         {"seconds", 1, 0, 'e'},   {"working-set", 1, 0, 'k'}, {"sleepers", 1, 0, 'p'}, {"spin", 0, 0, 'c'},
-        {"trace", 1, 0, 'a'},     {"listen", 1, 0, 'i'},   {0},
+        {"trace", 1, 0, 'a'},     {"listen", 1, 0, 'i'},   {"unsettled", 0, 0, 'u'},
+        {"map", 1, 0, 'b'},       {"open", 1, 0, 'o'},     {0},
     };
     for (int option; (option = getopt_long(count, arguments, "", known, NULL)) != -1;)
         switch (option) {
@@ -204,6 +209,13 @@ static void parse(int count, char **arguments)
         case 'c': options.spin = true; break;
         case 'a': options.trace = optarg; break;
         case 'i': options.listen = optarg; break;
+        case 'u': options.unsettled = true; break;
+        case 'b':
+            if (options.file_count == FILES_MAX)
+                usage();
+            options.files[options.file_count++] = optarg;
+            break;
+        case 'o': options.open = optarg; break;
         default: usage();
         }
     if (optind != count || options.threads < 1 || options.threads > THREADS_MAX || options.mappings < 1 ||
@@ -239,6 +251,8 @@ static void start_company(void)
         heartbeat_start(100);
     if (options.listen)
         echo_start(options.listen);
+    if (options.unsettled)
+        unsettled_start(options.files, options.file_count, options.open);
     if (options.sleepers)
         sleepers_start(options.sleepers);
 }

@@ -1,0 +1,147 @@
+"""Runs: a lab, a process in it that is moved to and fro, and a fault in each move."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from e2e.support import Hosts
+from lab import plan
+from lab.fixture import until
+
+from faults import evidence
+from faults.fault import Case, Side
+from faults.hosts import Host
+from faults.referee import Referee
+from faults.subject import Subject
+from faults.verdict import Ended, Judge, Verdict
+
+COMMAND_WITHIN: Final = 100.0  # seconds
+SETTLED_WITHIN: Final = 15.0  # after the command, and the last fault, have ended
+CLEAN_WITHIN: Final = 15.0  # more, once there is a service on both hosts
+_NAME: Final = "faults"
+_INJECT: Final = Path(__file__).with_name("inject")
+_MOVE: Final = ("migrate", "move")
+_OPTIONS: Final = ("--json", "--log-format", "json", "-v")
+# A client that does not hear where an address is now asks again within a second, not a minute (arp(7)).
+_QUICK_NEIGHBOURS: Final = {
+    "base_reachable_time_ms": 1000,
+    "delay_first_probe_time": 1,
+    "retrans_time_ms": 200,
+    "ucast_solicit": 1,
+}
+
+
+class Campaign:
+    """A lab that is up for many runs; it is made anew after one that went wrong."""
+
+    def __init__(self) -> None:
+        self._lab: Hosts | None = None
+        self._hosts: dict[str, Host] = {}
+        self._subject: Subject | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._down()
+
+    def run(self, case: Case) -> Verdict:
+        """One case, on the host where the process is now."""
+        lab, subject = self._up()
+        source = subject.where
+        destination = next(name for name in self._hosts if name != source)
+        sides: dict[Side, Host] = {"source": self._hosts[source], "destination": self._hosts[destination]}
+        self._prepare(case, sides)
+        with Referee(lab.shared, case, sides, lambda: subject.pid) as referee:
+            subject.new_window()
+            ended = self._move(lab, subject, destination, case, referee)
+        verdict = Verdict(case, source, ended, referee.fired)
+        self._judge(verdict, subject, sides)
+        if verdict.problems or case.kills_process:
+            if verdict.problems:
+                verdict.evidence = evidence.of(verdict, subject, self._hosts)
+            self._down()
+        return verdict
+
+    # --- the lab ---
+
+    def _up(self) -> tuple[Hosts, Subject]:
+        if self._lab is not None and self._subject is not None:
+            return self._lab, self._subject
+        shared = plan.shared(f"{_NAME}-{os.getpid()}")
+        self._lab = Hosts(_NAME, variables={"PYTHONPATH": str(_INJECT), "MIGRATE_FAULTS": str(shared)})
+        self._lab.up()
+        self._hosts = {name: Host(self._lab, name) for name in ("alpha", "beta")}
+        self._subject = Subject(self._lab, self._hosts)
+        for host in self._hosts.values():
+            self._subject.place_file(host.name)
+            # addresses of IPv6 outlive a device that is down as those of IPv4 do
+            host.enter("sysctl", "-qw", "net.ipv6.conf.eth0.keep_addr_on_down=1")
+            host.remember()
+        settings = [f"net.ipv4.neigh.eth0.{name}={value}" for name, value in _QUICK_NEIGHBOURS.items()]
+        self._lab.run("client", "sysctl", "-qw", *settings)
+        self._subject.start()
+        return self._lab, self._subject
+
+    def _down(self) -> None:
+        if self._lab is not None:
+            self._lab.down()
+        if self._subject is not None:
+            self._subject.close()
+        self._lab = self._subject = None
+
+    # --- a run ---
+
+    def _prepare(self, case: Case, sides: dict[Side, Host]) -> None:
+        assert self._subject is not None
+        self._subject.place_file(sides["source"].name)
+        if case.file_missing:
+            self._subject.remove_file(sides["destination"].name)
+        else:
+            self._subject.place_file(sides["destination"].name)
+        if case.new_service:
+            self._end_service(sides["source"])
+
+    def _end_service(self, host: Host) -> None:
+        host.signal((one.pid for one in host.agents(["service"])), signal.SIGTERM)
+        until(lambda: not host.agents(["service"]), "the end of the service")
+
+    def _move(self, lab: Hosts, subject: Subject, to: str, case: Case, referee: Referee) -> Ended:
+        began = time.monotonic()
+        command = lab.attend(subject.where, *_MOVE, subject.number, to, *_OPTIONS, *case.options)
+        referee.begin()
+        code: int | None = None
+        try:
+            output, errors = command.communicate(timeout=COMMAND_WITHIN)
+            code = command.returncode
+        except subprocess.TimeoutExpired:
+            command.kill()
+            output, errors = command.communicate()
+        return Ended(code, output, errors, time.monotonic() - began)
+
+    def _judge(self, verdict: Verdict, subject: Subject, sides: dict[Side, Host]) -> None:
+        judge, began = Judge(subject, sides), time.monotonic()
+        judge.wait(verdict, SETTLED_WITHIN)
+        if verdict.problems and self._start_services():
+            verdict.recovered = True
+            judge.wait(verdict, CLEAN_WITHIN)
+        verdict.settled_s = time.monotonic() - began
+        verdict.gap_ms = subject.gap_ms()
+
+    def _start_services(self) -> bool:
+        """Where there is none; whether one was started. A service puts right what dead agents have left."""
+        assert self._lab is not None
+        missing = [name for name, host in self._hosts.items() if not host.agents(["service"])]
+        for name in missing:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._lab.ask(name, "migrate-agent", "connect", timeout=30)
+        return bool(missing)

@@ -10,6 +10,7 @@ from faults import matrix
 from faults.fault import (
     DESTINATION_ROLES,
     ENGINES,
+    GUARDIAN,
     SOURCE_ROLES,
     Action,
     After,
@@ -25,7 +26,10 @@ from faults.fault import (
 )
 
 _SIDES: Final[tuple[Side, ...]] = ("source", "destination")
-_ROLES: Final[dict[Side, tuple[str, ...]]] = {"source": SOURCE_ROLES, "destination": DESTINATION_ROLES}
+_ROLES: Final[dict[Side, tuple[str, ...]]] = {
+    "source": SOURCE_ROLES + GUARDIAN,
+    "destination": DESTINATION_ROLES + GUARDIAN,
+}
 _SHORTEST, _LONGEST = 0.01, 6.0  # seconds that something lasts
 _MOVE_SECONDS: Final = 1.6  # about how long a move takes here, from the command's start
 _MANY: Final = frozenset({"Ping", "Pong", "Pages", "Layout", "Discard", "RoundEnd", "RoundDone", "Late"})
@@ -46,7 +50,7 @@ def case(seed: int) -> Case:
 
 
 def _fault(chance: random.Random) -> Fault:
-    make = chance.choices((_at_message, _at_state, _at_call, _at_time), (5, 1, 3, 3))[0]
+    make = chance.choices((_at_message, _at_state, _at_step, _at_call, _at_time), (5, 1, 2, 3, 3))[0]
     return make(chance)
 
 
@@ -62,6 +66,13 @@ def _at_message(chance: random.Random) -> Fault:
 
 def _at_state(chance: random.Random) -> Fault:
     return Fault(Point("source", "engine", f"state:{chance.choice(matrix.STATES)}"), _actions(chance))
+
+
+def _at_step(chance: random.Random) -> Fault:
+    role = chance.choice(list(matrix.STEPS))
+    moment, step = chance.choice(matrix.STEP_MOMENTS), chance.choice(matrix.STEPS[role])
+    side: Side = "destination" if role == "destination" else "source"
+    return Fault(Point(side, role, f"{moment}:{step}"), _actions(chance))
 
 
 def _at_call(chance: random.Random) -> Fault:

@@ -10,20 +10,24 @@ from typing import Final, Literal, TypeAlias
 Side: TypeAlias = Literal["source", "destination"]
 Way: TypeAlias = Literal["cable", "device"]
 
-# The project's processes, and sshd's for the link, by their command lines as a host sees them.
+# The project's processes, and sshd's for the link, by their command lines as `hosts.look` has them.
 ROLES: Final = {
     "coordinator": r"bin/migrate move",
     "connect": r"(migrate-agent|agent\.main) connect",
     "service": r"(migrate-agent|agent\.main) serve",
     "front": r"(migrate-agent|agent\.main) source",
     "engine": r"agent\.worker",
+    "guardian": r"^\[migrate-guard\]",
+    "recovery": r"(migrate-agent|agent\.main) recover",
     "cleanup": r"agent\.cleanup",
     "destination": r"(migrate-agent|agent\.main) destination",
+    "settling": r"(migrate-agent|agent\.main) settle",
     "session": r"^sshd(-session)?: root",
 }
 ENGINES: Final[dict[Side, str]] = {"source": "engine", "destination": "destination"}
-SOURCE_ROLES: Final = ("service", "front", "engine", "connect", "coordinator", "cleanup")
-DESTINATION_ROLES: Final = ("session", "destination")
+SOURCE_ROLES: Final = ("service", "front", "engine", "connect", "coordinator", "recovery", "cleanup")
+DESTINATION_ROLES: Final = ("session", "destination", "settling")
+GUARDIAN: Final = ("guardian",)
 PROCESS: Final = "process"  # stands for the one that is moved, beside the roles
 
 

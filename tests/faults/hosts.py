@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from e2e.support import SERVICE, Hosts
+from e2e.support import GUARDIAN, SERVICE, Hosts
 from lab import state
 
 from faults.fault import PROCESS, ROLES, Way
@@ -28,7 +28,13 @@ _HELD_BY_SOMEBODY: Final = (
     "08",
 )  # ESTABLISHED, CLOSE_WAIT: others end by themselves (net/tcp_states.h)
 # What a service that nobody uses has there; everything else is something that was left.
-_SERVICE_FILES: Final = {"run/migrate", "run/migrate/agent.sock", "run/migrate/agent.sock.lock"}
+_KEPT_FILES: Final = {
+    "run/migrate",
+    "run/migrate/agent.sock",
+    "run/migrate/agent.sock.lock",
+    "run/migrate/outgoing",
+    "run/migrate/incoming",
+}
 _STATE: Final = "var/lib/migrate"
 OPEN_FILE: Final = Path("/tmp/campaign")  # that the process has open; each host has its own, or has none
 
@@ -41,7 +47,7 @@ class Process:
     tracer: int
     parent: int
     executable: str
-    command: str
+    command: str  # of a guardian, which is forked, its name in brackets
 
     @property
     def runs(self) -> bool:
@@ -70,6 +76,8 @@ def look(pid: int) -> Process | None:
         executable = os.readlink(directory / "exe")
     except OSError:  # a zombie, or a thread of the kernel
         executable = status["Name"]
+    if status["Name"] == GUARDIAN:
+        command = f"[{GUARDIAN}]"
     numbers = status["NSpid"].split()
     tracer, parent = int(status["TracerPid"]), int(status["PPid"])
     return Process(pid, int(numbers[-1]), status["State"][0], tracer, parent, executable, command)
@@ -176,16 +184,16 @@ class Host:
 
     def _files(self) -> Iterator[str]:
         for name in self.leavings():
-            ours = name in _SERVICE_FILES or name == str(OPEN_FILE.relative_to("/"))
-            if not ours and not name.startswith(
-                (f"{_STATE}/reports", f"{_STATE}/agent.log")
-            ):
+            ours = name in _KEPT_FILES or name == str(OPEN_FILE.relative_to("/"))
+            if not ours and not name.startswith((f"{_STATE}/reports", f"{_STATE}/agent.log")):
                 yield name
 
     def leavings(self) -> list[str]:
         """What is in the directories where an agent may have files, but for what is mounted there."""
         tops = [self.root / top for top in ("run/migrate", "tmp", "dev/shm", _STATE)]
-        return sorted(str(path.relative_to(self.root)) for top in tops if top.is_dir() for path in _below(top))
+        return sorted(
+            str(path.relative_to(self.root)) for top in tops if top.is_dir() for path in _below(top)
+        )
 
     def remember(self) -> None:
         """How it is now is how it should be after each move."""

@@ -11,6 +11,7 @@ from typing import Final
 from faults.fault import (
     DESTINATION_ROLES,
     ENGINES,
+    GUARDIAN,
     PROCESS,
     SOURCE_ROLES,
     Action,
@@ -55,6 +56,7 @@ SENDERS: Final[dict[str, tuple[Side, ...]]] = {
     "Failed": ("source", "destination"),
 }
 # What the source says that it enters.
+# (agent.states.Source, but for the two in which no engine is)
 STATES: Final = (
     "examining",
     "offering",
@@ -68,6 +70,12 @@ STATES: Final = (
     "migrated",
     "rolled-back",
 )
+# The steps of either journal (agent.states.Departure, Destination), by who makes them.
+STEPS: Final = {
+    "engine": ("open", "committed", "live"),
+    "destination": ("held", "rest", "committed", "released", "live", "void"),
+}
+STEP_MOMENTS: Final = ("before-step", "after-step")
 MOMENTS: Final = ("before-send", "mid-send", "after-send", "after-receive")
 SHORT, LONG, OVER_LIMIT = 0.1, 5.0, 4.0  # seconds; the last is longer than a freeze may take
 
@@ -76,6 +84,7 @@ def actions(side: Side) -> dict[str, tuple[Action, ...]]:
     """What may go wrong when the engine of `side` is at a point."""
     own, peer = (ENGINES[side],), (ENGINES[other(side)],)
     everything = (Send("source", SOURCE_ROLES), Send("destination", DESTINATION_ROLES))
+    guarded = (Send("source", SOURCE_ROLES + GUARDIAN), Send("destination", DESTINATION_ROLES + GUARDIAN))
     return {
         "kill-self": (Send(side, own),),
         "kill-peer": (Send(other(side), peer),),
@@ -88,6 +97,9 @@ def actions(side: Side) -> dict[str, tuple[Action, ...]]:
         "kill-source": (everything[0],),
         "kill-destination": (everything[1],),
         "kill-all": everything,
+        "kill-source-and-guardian": (guarded[0],),
+        "kill-destination-and-guardian": (guarded[1],),
+        "kill-all-and-guardians": guarded,
         "hold-self": (Hold(side, own, OVER_LIMIT),),
         "hold-self-briefly": (Hold(side, own, SHORT),),
         "hold-peer": (Hold(other(side), peer, OVER_LIMIT),),
@@ -143,6 +155,58 @@ def at_states() -> Iterator[Case]:
             yield replace(Case(name, (*before, Fault(point, done))), **needs)  # type: ignore[arg-type]
 
 
+def at_steps() -> Iterator[Case]:
+    """Each step of a journal, and what it takes that it is made."""
+    for role, steps in STEPS.items():
+        side: Side = "destination" if role == "destination" else "source"
+        for step in steps:
+            before = (_CAUSE["source"],) if step == "void" else ()
+            for moment in STEP_MOMENTS:
+                point = Point(side, role, f"{moment}:{step}")
+                for what, done in actions(side).items():
+                    yield Case(f"step/{role}-{step}/{moment}/{what}", (*before, Fault(point, done)))
+
+
+def in_doubt() -> Iterator[Case]:
+    """The link breaks before Commit has left, or before it is answered; then something else fails, too."""
+    for name, point in _DOUBTS.items():
+        lost = Fault(point, (Send("destination", ("session",)),))
+        for role, side, call in _WHO_SETTLES:
+            settling = Point(side, role, f"call:{call}")
+            for what, done in _settling_actions(side, role).items():
+                yield Case(f"doubt/{name}/{role}/{call}/{what}", (lost, Fault(settling, done)))
+
+
+_DOUBTS: Final = {
+    "Commit": Point("source", "engine", "before-send:Commit"),
+    "Live": Point("destination", "destination", "before-send:Live"),
+}
+_WHO_SETTLES: Final[tuple[tuple[str, Side, str], ...]] = (
+    ("recovery", "source", "fcntl:flock"),
+    ("recovery", "source", "asyncio:run"),
+    ("recovery", "source", "os:kill"),
+    ("settling", "destination", "fcntl:flock"),
+    ("settling", "destination", "os:kill"),
+    ("settling", "destination", "os:rename"),
+    ("settling", "destination", "os:unlink"),
+)
+
+
+def _settling_actions(side: Side, role: str) -> dict[str, tuple[Action, ...]]:
+    everybody = Send("source", (*SOURCE_ROLES, "guardian"))
+    return {
+        "kill-self": (Send(side, (role,)),),
+        "kill-front": (Send("source", ("front",)),),
+        "kill-source": (everybody,),
+        "kill-destination": (Send("destination", DESTINATION_ROLES),),
+        "kill-session": (Send("destination", ("session",)),),
+        "hold-self": (Hold(side, (role,), OVER_LIMIT),),
+        "cut": (Cut(side, LONG),),
+        "cut-for-good": (Cut(side, None),),
+        "EIO": (Fail(errno.EIO),),
+    }
+
+
 # --- calls that fail ---
 
 _FILES: Final = {
@@ -152,6 +216,7 @@ _FILES: Final = {
     "os:write": errno.ENOSPC,
     "os:mkdir": errno.ENOSPC,
     "os:replace": errno.EROFS,
+    "os:rename": errno.ENOSPC,
     "os:fsync": errno.EIO,
     "os:unlink": errno.EROFS,
     "os:pread": errno.EIO,
@@ -191,6 +256,7 @@ CALLS: Final[dict[str, dict[str, int]]] = {
         **_FILES,
         **_SOCKETS,
         **_TRACING,
+        "os:fork": errno.EAGAIN,
         "os:pidfd_open": errno.EMFILE,
         "agent.kernel.pidfd:getfd": errno.EMFILE,
         "agent.kernel.pagemap:Pagemap.scan": errno.ENOMEM,
@@ -274,7 +340,7 @@ def at_calls() -> Iterator[Case]:
 
 def matrix() -> list[Case]:
     """All of them, in a fixed order."""
-    return [*at_messages(), *at_states(), *at_calls()]
+    return [*at_messages(), *at_states(), *at_steps(), *in_doubt(), *at_calls()]
 
 
 def stratum(case: Case) -> str:

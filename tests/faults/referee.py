@@ -125,8 +125,14 @@ class Referee:
                 asking.send(b"%d\n" % answer)
 
     def _fire(self, number: int, asked: str) -> int:
-        """Make the fault; the error number that the call shall fail with."""
-        self.fired.append(Fired(number, round(time.monotonic() - self._began, 3), asked))
+        """Make the fault, once; the error number that the call shall fail with.
+
+        A process that forks hands its rules on, so that two may get to the same point.
+        """
+        with self._lock:
+            if any(one.fault == number for one in self.fired):
+                return 0
+            self.fired.append(Fired(number, round(time.monotonic() - self._began, 3), asked))
         failing = 0
         for action in self._case.faults[number].actions:
             if isinstance(action, Fail):

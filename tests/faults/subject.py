@@ -27,7 +27,18 @@ from faults.hosts import OPEN_FILE, Host, Process
 PORT: Final = 7000
 _PROGRAM: Final = BUILD / "heartbeat"
 _MAPPED: Final = ("callers", "churn", "coroutines", "libchecktls.so", "selfcheck")
-_OPTIONS: Final = ("--megabytes", 8, "--rate", 8, "--sweep", "--sleepers", 2, "--unsettled", "--open", OPEN_FILE)
+_OPTIONS: Final = (
+    "--megabytes",
+    8,
+    "--rate",
+    8,
+    "--sweep",
+    "--sleepers",
+    2,
+    "--unsettled",
+    "--open",
+    OPEN_FILE,
+)
 _SHADOW: Final = "/memfd:migrate-shadow"
 _REAPER: Final = "/memfd:migrate-reaper"
 _SENT_BY_STOPS: Final = 1 << (signal.SIGTRAP - 1) | 1 << (signal.SIGSTOP - 1)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import re
 from collections import Counter
-from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from agent import protocol
+from agent import protocol, states
 from faults import chance, cli, matrix
 from faults.fault import ENGINES, ROLES, After, Case, Fail, Point, other
 
-AGENT = Path(protocol.__file__).parent
 CASES = matrix.matrix()
 MESSAGES = {message.__name__ for message in get_args(protocol.Message)} | {protocol.Pages.__name__}
 
@@ -30,14 +27,16 @@ def test_every_message_has_a_sender() -> None:
     assert set(matrix.SENDERS) == MESSAGES
 
 
-def test_every_state_that_the_source_says_is_there() -> None:
-    """Those in its code, and the outcomes that a migration which was begun may have but for being in doubt."""
-    tree = ast.parse((AGENT / "source.py").read_text())
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    of_methods = [(call.func.attr, call.args) for call in calls if isinstance(call.func, ast.Attribute)]
-    said = [arguments[0] for name, arguments in of_methods if name == "_state"]
-    names = {word.value for word in said if isinstance(word, ast.Constant)}
-    assert names | {"migrated", "rolled-back"} == set(matrix.STATES)
+def test_every_state_of_the_source_has_cases() -> None:
+    """But for those in which there is no engine: the front says that it is in doubt."""
+    assert set(matrix.STATES) == set(states.Source) - {states.Source.REFUSED, states.Source.IN_DOUBT}
+
+
+def test_every_step_of_a_journal_has_cases() -> None:
+    """What comes before the first step, or after the last one, is no file."""
+    assert set(matrix.STEPS["engine"]) == set(states.Departure)
+    no_files = {states.Destination.OFFERED, states.Destination.ANSWERED, states.Destination.GONE}
+    assert set(matrix.STEPS["destination"]) == {*states.Destination} - no_files | {"rest"}
 
 
 @pytest.mark.parametrize("message", sorted(matrix.SENDERS))
@@ -59,11 +58,13 @@ def test_points_that_begin_a_phase_are_points() -> None:
     for point in points(CASES):
         for name in filter(None, (point.name, point.since)):
             kind, _, rest = name.partition(":")
-            assert kind in (*matrix.MOMENTS, "state", "call")
+            assert kind in (*matrix.MOMENTS, *matrix.STEP_MOMENTS, "state", "call")
             if kind in matrix.MOMENTS:
                 assert rest in MESSAGES
             elif kind == "state":
                 assert rest in matrix.STATES
+            elif kind in matrix.STEP_MOMENTS:
+                assert rest in matrix.STEPS[point.role]
 
 
 @pytest.mark.parametrize("call", sorted({call for calls in matrix.CALLS.values() for call in calls}))
@@ -79,9 +80,12 @@ def test_roles_are_told_apart() -> None:
         "connect": "/opt/python /usr/local/bin/migrate-agent connect",
         "service": "/opt/python -P -m agent.main serve --idle-exit 30",
         "front": "/opt/python -P -m agent.main source",
-        "engine": "/opt/python -P -m agent.worker 5 9",
+        "engine": "/opt/python -P -m agent.worker 5 9 01M80AN",
+        "guardian": "[migrate-guard]",
+        "recovery": "/opt/python -P -m agent.main recover 01M80AN",
         "cleanup": "/opt/python -P -m agent.cleanup 12 3456",
         "destination": "/opt/python /usr/local/bin/migrate-agent destination",
+        "settling": "/opt/python /usr/local/bin/migrate-agent settle 01M80AN --boot 5",
         "session": "sshd: root@notty",
     }
     assert lines.keys() == ROLES.keys()

@@ -8,8 +8,9 @@ the unix socket of who makes it fail. Without rules for this process nothing is 
 
 Points: `before-send:KIND`, `mid-send:KIND` (half of it has left), `after-send:KIND`, `after-receive:KIND` of
 the messages of `agent.protocol`, KIND "Pages" for a frame of pages; `state:NAME`, before the source says that
-it enters it; `call:MODULE:NAME`, before that function is called. Where a process (a regular expression, for
-its command line) gets to a rule's point for the nth time, counted from the point `since` on, it asks the
+it enters it; `before-step:STATE` and `after-step:STATE` of the journals of `agent.journal`, which are names
+of files; `call:MODULE:NAME`, before that function is called. Where a process (a regular expression, for its
+command line) gets to a rule's point for the nth time, counted from the point `since` on, it asks the
 referee, and waits: for its end, or for the number of the error that the call shall fail with (0: none).
 """
 
@@ -167,6 +168,20 @@ def _watch_states(source: ModuleType, faults: Faults) -> None:
     source.run = watched  # type: ignore[attr-defined]
 
 
+def _watch_steps(module: ModuleType, faults: Faults) -> None:
+    """Of `os`: a step of a journal is a file's new name."""
+    rename = module.rename
+
+    @functools.wraps(rename)
+    def watched(source: Any, target: Any, **options: Any) -> None:
+        state = os.path.splitext(os.fspath(target))[1][1:]
+        faults.reach(f"before-step:{state}")
+        rename(source, target, **options)
+        faults.reach(f"after-step:{state}")
+
+    module.rename = watched  # type: ignore[attr-defined]
+
+
 def _watch_call(module: ModuleType, name: str, faults: Faults) -> None:
     """`name` may be that of a class's method, with a dot."""
     holder: Any = module
@@ -197,6 +212,8 @@ def _watches(faults: Faults) -> dict[str, list[Watch]]:
             found.setdefault(module, []).append(functools.partial(_watch_named, name))
         elif kind == "state":
             found["agent.source"] = [_watch_states]
+        elif kind.endswith("-step"):
+            found["os"] = [*(one for one in found.get("os", []) if one is not _watch_steps), _watch_steps]
         else:
             found["agent.protocol"] = [_watch_link]
     return found

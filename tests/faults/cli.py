@@ -2,7 +2,8 @@
 
 python -m faults --runs 1000 --seed 1    half of them of the matrix, each stratum its share; half by chance
 python -m faults --matrix                all cases of the matrix, which takes hours
-python -m faults --only NAME             cases by name, as in Commit/source/after-send/* or chance/4711
+python -m faults --only NAME             cases by name, as in Commit/source/* or chance/4711; of more than
+                                             --runs N some
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def named(patterns: Iterable[str]) -> Iterator[Case]:
 
 def cases(options: argparse.Namespace) -> list[Case]:
     if options.only:
-        return list(named(options.only))
+        found = list(named(options.only))
+        return (
+            found if len(found) <= options.runs else random.Random(options.seed).sample(found, options.runs)
+        )
     return matrix() if options.matrix else mixed(options.seed, options.runs)
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from e2e.support import GUARDIAN, SERVICE, Hosts
 from lab import state
@@ -36,6 +36,7 @@ _KEPT_FILES: Final = {
     "run/migrate/incoming",
 }
 _STATE: Final = "var/lib/migrate"
+T = TypeVar("T")
 OPEN_FILE: Final = Path("/tmp/campaign")  # that the process has open; each host has its own, or has none
 
 
@@ -238,7 +239,7 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def first(condition: Callable[[], list[str]], seconds: float, pause: float = 0.05) -> list[str]:
+def first(condition: Callable[[], list[T]], seconds: float, pause: float = 0.05) -> list[T]:
     """Asks until nothing is found, so many seconds at most; what is found last."""
     deadline = time.monotonic() + seconds
     while (found := condition()) and time.monotonic() < deadline:

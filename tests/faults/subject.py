@@ -20,7 +20,7 @@ from lab.fixture import until
 from programs.status import BUILD, read_status, wait_for_status
 
 from agent import cleanup
-from agent.kernel import procfs
+from agent.kernel import pidfd, procfs
 from agent.kernel.memory import RemoteMemory
 from faults.hosts import OPEN_FILE, Host, Process
 
@@ -210,7 +210,7 @@ def _describe(process: int, fd: int, link: str) -> str:
     if not link.startswith("socket:"):
         return link
     try:
-        with socket.socket(fileno=cleanup.pidfd.getfd(process, fd)) as ours:
+        with socket.socket(fileno=pidfd.getfd(process, fd)) as ours:
             repair = ours.getsockopt(socket.SOL_TCP, _TCP_REPAIR)
     except OSError as error:
         return f"socket ({error.strerror})"

@@ -8,6 +8,6 @@ import os
 _DIRECTORY = os.environ.get("MIGRATE_FAULTS")
 
 if _DIRECTORY is not None and os.path.exists(os.path.join(_DIRECTORY, "rules.json")):
-    import injection
+    import injection  # type: ignore[import-not-found]  # beside this file, which is no package's
 
     injection.start(_DIRECTORY)

@@ -13,6 +13,7 @@ from unit.moving import Move, Moving
 from agent.api import MoveOptions
 from agent.freeze import FrozenProcess
 from agent.kernel import procfs
+from agent.kernel.memory import RemoteMemory
 from agent.unmovable import NotStill
 
 # An area between two fences, so that it is a mapping of its own; each signal changes it in another way.
@@ -39,6 +40,8 @@ static void on_signal(int number)
         madvise(area + size / 2, size / 2, MADV_HUGEPAGE);
     } else if (number == SIGWINCH) {
         madvise(area, size / 2, MADV_HUGEPAGE);
+    } else if (number == SIGXCPU) {
+        madvise(area + 8 * page, page, 102); /* MADV_GUARD_INSTALL */
     } else {
         mremap(area, size / 2, size, 0);
         memset(area + size / 2, 'n', size / 2);
@@ -59,6 +62,7 @@ int main(void)
     signal(SIGTERM, on_signal);
     signal(SIGURG, on_signal);
     signal(SIGWINCH, on_signal);
+    signal(SIGXCPU, on_signal);
     dprintf(1, "area %lx\n", (long)area);
     for (long round = 0;; round++) {
         dprintf(1, "round %ld\n", round);
@@ -134,6 +138,29 @@ def test_a_mapping_becomes_part_of_another_right_before_the_freeze(fenced: Fence
     assert Move(fenced, MoveOptions(verify=True), join).migrated
     assert "hg" in fenced.mapping().vmflags
     assert fenced.mapping().end - fenced.area == 4 << 20
+    fenced.progress()
+
+
+def is_guarded(pid: int, address: int) -> bool:
+    memory = RemoteMemory(pid)
+    try:
+        memory.read(address, 1)
+    except OSError:
+        return True
+    finally:
+        memory.close()
+    return False
+
+
+def test_a_guard_page(fenced: Fenced) -> None:
+    """smaps may show that there are some; the scans find them."""
+    fenced.do(signal.SIGXCPU)
+    guard = fenced.area + 8 * 4096
+    if not is_guarded(fenced.process.pid, guard):
+        pytest.skip("this kernel has no guard pages (Linux 6.13)")
+    assert Move(fenced, MoveOptions(verify=True)).migrated
+    assert is_guarded(fenced.copies[-1], guard)
+    assert not is_guarded(fenced.copies[-1], guard - 1) and not is_guarded(fenced.copies[-1], guard + 4096)
     fenced.progress()
 
 

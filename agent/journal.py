@@ -158,16 +158,31 @@ class Entry(Generic[C]):
 
     def remove(self) -> None:
         self._rest.unlink(missing_ok=True)
+        _new(self._rest).unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: msgspec.Struct) -> None:
-    """In one step, for us alone."""
-    new = path.with_suffix(".new")
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """In one step, for us alone. Whoever dies before it leaves no file, unless there was one already."""
+    fd = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
     with open(fd, "wb") as file:
         file.write(msgspec.msgpack.encode(content))
-    new.rename(path)
+        file.flush()
+        try:
+            _name(fd, path)
+        except FileExistsError:
+            _new(path).unlink(missing_ok=True)
+            _name(fd, _new(path))
+            _new(path).rename(path)
+
+
+def _new(path: Path) -> Path:
+    return path.with_suffix(".new")
+
+
+def _name(fd: int, path: Path) -> None:
+    # some directory must be named, or Python calls link(2), which does not follow
+    os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd, follow_symlinks=True)
 
 
 def directory(role: Role) -> Path:

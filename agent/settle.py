@@ -86,10 +86,13 @@ def _step(entry: Entry[Arrival] | None) -> Verdict | None:
 
 
 def forget(migration: str) -> None:
-    """The source knows: nobody will ask again."""
+    """The source knows: nobody will ask again, and an agent that still waits for it waits in vain."""
     with journal.put_in_order("incoming", migration):
         entry = journal.find(Arrival, migration)
         if entry is not None:
+            agent = entry.content.agent
+            if not _await(lambda: not agent.lives(), _DYING):
+                _end(agent)
             entry.remove()
 
 

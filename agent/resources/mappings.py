@@ -35,8 +35,8 @@ _VMFLAGS: Final = {
     "sr": Flag.SEQUENTIAL,
     "rr": Flag.RANDOM,
 }
-# VmFlags that need nothing: rights, kinds of bookkeeping, our own userfaultfd, "may" bits, and that there may be guard
-# regions (since Linux 6.18 or 6.19): which there are, the scans tell
+# VmFlags that need nothing: rights, kinds of bookkeeping, our own userfaultfd, "may" bits, and that there may
+# be guard regions ("gu", seen on 6.18): which there are, the scans tell
 _HARMLESS: Final = frozenset(
     ["rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "ac", "uw", "um", "ui", "sd", "mt", "de", "gu"]
 )

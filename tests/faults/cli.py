@@ -37,6 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="which cases, and in which order")
     parser.add_argument("--matrix", action="store_true")
     parser.add_argument("--only", action="append", default=[], metavar="NAME")
+    parser.add_argument("--keep", action="store_true", help="evidence of every run, also where all is well")
     parser.add_argument("--list", action="store_true", help="print the cases' names and end")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="evidence of violations")
     return parser.parse_args(arguments)
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     build()
     verdicts: list[Verdict] = []
     try:
-        with Campaign() as campaign:
+        with Campaign(options.keep) as campaign:
             for number, case in enumerate(wanted, 1):
                 verdict = campaign.run(case)
                 verdicts.append(verdict)
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _keep(directory: Path, verdict: Verdict) -> None:
-    """Write down what a violated run looked like."""
+    """Write down what a run looked like."""
     if verdict.evidence:
         directory.mkdir(parents=True, exist_ok=True)
         name = verdict.case.name.replace("/", "_").replace(":", ".")

@@ -169,17 +169,20 @@ def _watch_states(source: ModuleType, faults: Faults) -> None:
 
 
 def _watch_steps(module: ModuleType, faults: Faults) -> None:
-    """Of `os`: a step of a journal is a file's new name."""
-    rename = module.rename
+    """Of `os`: a step of a journal is a file's new name, or its first."""
+    for name in ("rename", "link"):
+        setattr(module, name, _watch_naming(getattr(module, name), faults))
 
-    @functools.wraps(rename)
+
+def _watch_naming(original: Callable[..., None], faults: Faults) -> Callable[..., None]:
+    @functools.wraps(original)
     def watched(source: Any, target: Any, **options: Any) -> None:
         state = os.path.splitext(os.fspath(target))[1][1:]
         faults.reach(f"before-step:{state}")
-        rename(source, target, **options)
+        original(source, target, **options)
         faults.reach(f"after-step:{state}")
 
-    module.rename = watched  # type: ignore[attr-defined]
+    return watched
 
 
 def _watch_call(module: ModuleType, name: str, faults: Faults) -> None:
@@ -213,7 +216,9 @@ def _watches(faults: Faults) -> dict[str, list[Watch]]:
         elif kind == "state":
             found["agent.source"] = [_watch_states]
         elif kind.endswith("-step"):
-            found["os"] = [*(one for one in found.get("os", []) if one is not _watch_steps), _watch_steps]
+            found.setdefault("os", [])
+            if _watch_steps not in found["os"]:
+                found["os"].append(_watch_steps)
         else:
             found["agent.protocol"] = [_watch_link]
     return found

@@ -123,8 +123,9 @@ class Judge:
     ) -> Problem:
         words = "; ".join(f"{host}: {one}" for host, one in copies) or "none at all"
         stopped = [host for host, one in copies if one.state == "T" and not one.tracer]
-        doubt = verdict.ended.code == IN_DOUBT and stopped == [verdict.source] and len(live) <= 1
-        return Problem(Kind.DOUBT if doubt and len(copies) - len(live) == 1 else Kind.COPIES, words)
+        doubt = stopped == [verdict.source] and len(live) <= 1 and len(copies) - len(live) == 1
+        said = verdict.ended.code == IN_DOUBT or verdict.case.signals("coordinator")
+        return Problem(Kind.DOUBT if doubt and said else Kind.COPIES, words)
 
     def _place(self, verdict: Verdict) -> Iterator[Problem]:
         """Where it lives is what the command said."""

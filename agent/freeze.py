@@ -1,8 +1,8 @@
 """The frozen source: stopped, locked, captured — and thawed or buried.
 
-Until `commit` the tasks are held by plain PTRACE_SEIZE: if we die the kernel lets them run. From then on
-our death leaves them stopped, until it is known what became of the copy (docs/architecture.md, "Exactly one
-live copy").
+Until `silence` the tasks are held by plain PTRACE_SEIZE: if we die the kernel lets them run. From then on our
+death leaves them stopped, until it is known what became of the copy (docs/architecture.md, "Exactly one live
+copy").
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ class FrozenProcess:
         network: SourceNetwork,
         options: MoveOptions,
         found: inventory.Inventory,
+        journal: Entry[Departure],
     ) -> None:
         """`found`: what was found when it was checked."""
+        self._journal = journal
+        self._held = self._lifted = False
         self._process = process
         self._rounds = rounds
         self._network = network
@@ -216,6 +219,15 @@ class FrozenProcess:
             self._rounds.link.send(protocol.Descriptors(captured, now, last))
         self._mark("descriptors")
 
+    def silence(self) -> None:
+        """Nothing is asked any more: from now on it stays stopped whoever dies, and its sockets are
+        silent.
+        """
+        self._journal.to(states.Departure.FROZEN)  # before it is held: who finds it held must know why
+        self._held = True
+        hold.put_each(self.pid, self.tids)
+        self._network.silence()
+
     def capture_threads(self) -> None:
         """The other threads, of which the first are captured now, while the last scan is made."""
         assert self.facts is not None
@@ -254,7 +266,7 @@ class FrozenProcess:
             queue = signals.pending_of_thread(tid) if tid else signals.pending_of_process(self.pid)
             if not queue:
                 continue
-            new = Counter(queue) - known
+            new = Counter(siginfo for siginfo in queue if not (tid and hold.is_ours(siginfo))) - known
             known.update(new)
             number = self.facts.numbers[tid] if tid and self.facts is not None else 0
             found += [(number, siginfo) for siginfo in new.elements() if not timers.runs_on(process, siginfo)]
@@ -273,7 +285,17 @@ class FrozenProcess:
             steps.callback(self._rounds.forget_look)
             for tid in self.tids:
                 steps.callback(self._resume, tid, deadline)
+            steps.callback(self._go_on, deadline)
             steps.callback(self._network.unlock)
+
+    def _go_on(self, deadline: float) -> None:
+        """Not held any more, if it was: before the first thread is let go, which would stop them all."""
+        if self._held:
+            self._held, self._lifted = False, True
+            for tid in self.tids:
+                with contextlib.suppress(ProcessLookupError):
+                    self._put_back(tid, deadline)
+                    hold.lift(tid)
 
     def _forget_tasks(self) -> None:
         self.tids.clear()
@@ -282,7 +304,8 @@ class FrozenProcess:
     def _resume(self, tid: int, deadline: float) -> None:
         with contextlib.suppress(ProcessLookupError):
             try:
-                self._put_back(tid, deadline)
+                if not self._lifted:  # it may be on its way into a handler already
+                    self._put_back(tid, deadline)
             finally:
                 ptrace.detach(tid)
 
@@ -306,20 +329,15 @@ class FrozenProcess:
         pending = signals.pending_of_process(self.pid) + signals.pending_of_thread(tid)
         return threads.settled_registers(tid, self._rounds.memory, signals.mask_of(pending))
 
-    def commit(self, journal: Entry[Departure], send: Callable[[], None]) -> None:
+    def commit(self, send: Callable[[], None]) -> None:
         """The point of no return on this host: `send` sends COMMIT. LinkClosed if nothing was committed."""
-        journal.to(states.Departure.COMMITTED)  # before it is held: who finds it held must know why
+        self._journal.to(states.Departure.COMMITTED)
         self.committed = True
         try:
-            ours = hold.put(self.pid)
-            if ours:
-                self._queued[0].update(hold.pending(self.pid))  # not for the destination
             send()
         except LinkClosed:  # not all of it left this host, so it was never understood
-            if ours:
-                hold.lift(self.pid)
             self.committed = False
-            journal.to(states.Departure.OPEN)
+            self._journal.to(states.Departure.FROZEN)
             raise
 
     def bury(self) -> None:

@@ -72,7 +72,7 @@ def _source(name: str, waited: float) -> bool:
     from agent import recovery
 
     state = journal.state_of("outgoing", name)
-    if state == Departure.OPEN or (state is not None and waited > _OTHERS_FIRST):
+    if state in (Departure.OPEN, Departure.FROZEN) or (state is not None and waited > _OTHERS_FIRST):
         recovery.recover(name)
     return journal.state_of("outgoing", name) is None
 

@@ -1,6 +1,6 @@
 """What outlives an agent: for each migration and role a file whose name says how far it is.
 
-    /run/migrate/outgoing/ID.open -> .committed -> .live -> removed       on the source
+    /run/migrate/outgoing/ID.open -> .frozen -> .committed -> .live -> removed   on the source
     /run/migrate/incoming/ID.held -> .committed -> .released -> .live     on the destination
                             `----------`--> .void
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -141,6 +142,10 @@ class Entry(Generic[C]):
             raise Overtaken(
                 f"migration {self.migration} is {found or 'unknown'} here, not {before.suffix[1:]}"
             ) from None
+
+    def age(self) -> float:
+        """Seconds since it was written."""
+        return time.time() - self.path.stat().st_mtime
 
     def put_rest(self, rest: Rest) -> None:
         _write(self._rest, rest)

@@ -111,6 +111,11 @@ class SourceNetwork:
         assert self._diag is not None
         return any(tcp.unsettled(fd, self._diag) for fd in self._locked)
 
+    def silence(self) -> None:
+        """Whoever closes the sockets now sends nothing."""
+        for fd in self._locked:
+            tcp.silence(fd)
+
     def unlock(self) -> None:
         """Roll back: every socket as it was, and what arrived meanwhile arrives now.
 

@@ -1,6 +1,7 @@
 """Puts in order on this host, the source, what a dead engine or a lost link has left of a migration.
 
     open       nothing was committed: the process runs, and what the engine left in it is undone
+    frozen     likewise, but it is stopped
     committed  it is stopped, and the destination decides (`migrate-agent settle` there): void, and it goes on
                here; live, and the copy here is killed
     live       the destination has said so: the copy here is killed
@@ -35,6 +36,7 @@ from transport.link_errors import LinkError
 
 Live = Literal["source", "destination"]
 ANSWER_TIMEOUT: Final = 60.0  # seconds; the other end may have to wait for its agent
+REMEMBERED: Final = 86400.0  # seconds that a destination is sought to be told how it ended
 _DEATH: Final = 30.0
 _LIVES: Final[dict[Live, str]] = {"source": "void", "destination": "live"}
 
@@ -75,15 +77,16 @@ async def _by_destination(entry: Entry[Departure]) -> Recovery:
                 settled()
             return done
     except (LinkError, TimeoutError, EOFError) as error:
-        return _act(entry, recovered(entry.state, "unknown"), f"{name} cannot be asked: {error}")
+        keep = entry.age() < REMEMBERED  # it keeps its journal until it is told that nobody will ask
+        return _act(entry, recovered(entry.state, "unknown"), f"{name} cannot be asked: {error}", keep)
 
 
-def _act(entry: Entry[Departure], decision: Recovering, why: str) -> Recovery:
+def _act(entry: Entry[Departure], decision: Recovering, why: str, keep: bool = False) -> Recovery:
     match decision:
         case Recovering.RESUME:
             return _roll_back(entry, why)
         case Recovering.BURY:
-            return _bury(entry, why)
+            return _bury(entry, why, keep)
         case _:
             return Recovery(Outcome.IN_DOUBT, why)
 
@@ -118,19 +121,20 @@ async def _verdict(entry: Entry[Departure]) -> AsyncIterator[tuple[Verdict, Call
 
 def _roll_back(entry: Entry[Departure], why: str) -> Recovery:
     """It goes on here."""
-    content, committed = entry.content, entry.state is states.Departure.COMMITTED
-    if committed:
+    content = entry.content
+    if entry.state is states.Departure.COMMITTED:
         for address in content.addresses:
             service_address.restore(address)
     if not content.process.lives():
         entry.remove()
         return Recovery(Outcome.ROLLED_BACK, f"{why}; process {content.process.pid} has ended by itself")
-    done = cleanup.clean(content.process.pid, content.process.born, resume=committed)
+    held = entry.state is not states.Departure.OPEN
+    done = cleanup.clean(content.process.pid, content.process.born, resume=held)
     entry.remove()
     return Recovery(Outcome.ROLLED_BACK, f"{why}; cleaned up ({', '.join(done) or 'nothing was left'})")
 
 
-def _bury(entry: Entry[Departure], why: str) -> Recovery:
+def _bury(entry: Entry[Departure], why: str, keep: bool) -> Recovery:
     """It lives elsewhere: the copy here ends without a word to its peers, as its sockets are held."""
     process = entry.content.process
     for address in entry.content.addresses:
@@ -142,7 +146,8 @@ def _bury(entry: Entry[Departure], why: str) -> Recovery:
         if time.monotonic() > deadline:
             raise Busy(f"the copy here, process {process.pid}, does not end")
         time.sleep(0.01)
-    entry.remove()
+    if not keep:
+        entry.remove()
     return Recovery(Outcome.MIGRATED, f"{why}; the copy here is gone")
 
 

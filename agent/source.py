@@ -419,11 +419,13 @@ class Migration:
     # --- freeze and commit ---
 
     def _freeze(self, found: inventory.Inventory) -> None:
-        assert self.rounds is not None and self.process is not None
+        assert self.rounds is not None and self.process is not None and self._journal is not None
         self._state(Source.FREEZING)
         gc.disable()
         self.link.set_timeout(self.options.freeze_timeout_ms / 1000)
-        self.frozen = FrozenProcess(self.process, self.rounds, self.network, self.options, found)
+        self.frozen = FrozenProcess(
+            self.process, self.rounds, self.network, self.options, found, self._journal
+        )
         frozen = self.frozen
         frozen.stop()
         self._check_files(found)
@@ -434,6 +436,7 @@ class Migration:
         last = frozen.send_pages(len(self.rounds.history) + 1, self.dirty_rate)
         frozen.send_threads()
         self.link.send(frozen.complete())
+        frozen.silence()
         frozen.check_settings()
         self._signals = frozen.late_signals(of_threads=True)
         ready = self.link.expect(protocol.Ready, frozen.deadline)
@@ -460,11 +463,11 @@ class Migration:
                 )
 
     def _commit(self) -> None:
-        assert self.frozen is not None and self.rounds is not None and self._journal is not None
+        assert self.frozen is not None and self._journal is not None
         frozen = self.frozen
         self._state(Source.COMMITTING)
         signals = [*self._signals, *frozen.late_signals(of_threads=False)]
-        frozen.commit(self._journal, lambda: self.link.send(protocol.Commit(signals)))
+        frozen.commit(lambda: self.link.send(protocol.Commit(signals)))
         self.network.withdraw()
         self._send_late(last=False, of_threads=False)
         # one that hangs is asked again, another way (`agent.recovery`)

@@ -48,6 +48,7 @@ class Departure(enum.StrEnum):
     """The source's journal."""
 
     OPEN = "open"
+    FROZEN = "frozen"  # and stopped, whoever dies
     COMMITTED = "committed"
     LIVE = "live"
 
@@ -97,8 +98,9 @@ DESTINATION: Final[Mapping[Destination, Mapping[Destination, str]]] = {
 }
 
 DEPARTURE: Final[Mapping[Departure, Mapping[Departure, str]]] = {
-    Departure.OPEN: {Departure.COMMITTED: ""},
-    Departure.COMMITTED: {Departure.LIVE: "Live", Departure.OPEN: "Commit never left this host"},
+    Departure.OPEN: {Departure.FROZEN: "sockets are in repair"},
+    Departure.FROZEN: {Departure.OPEN: "they are not any more", Departure.COMMITTED: ""},
+    Departure.COMMITTED: {Departure.LIVE: "Live", Departure.FROZEN: "Commit never left this host"},
     Departure.LIVE: {},
 }
 
@@ -110,8 +112,9 @@ FROZEN: Final = frozenset({S.FREEZING})
 
 # The order in which either end commits. Each step is one that others can see, or see the lack of.
 SOURCE_COMMITS: Final = (
-    "journal committed",
+    "journal frozen",
     "hold",
+    "journal committed",
     "send Commit",
     "await Live",
     "journal live",
@@ -193,7 +196,7 @@ class Recovering(enum.Enum):
 def recovered(state: Departure, verdict: str | None) -> Recovering:
     """By the journal, and the destination's word: "live", "void", "unknown"; None if it was not asked yet."""
     match state, verdict:
-        case Departure.OPEN, _:
+        case (Departure.OPEN | Departure.FROZEN), _:
             return Recovering.RESUME
         case _, None:
             return Recovering.ASK

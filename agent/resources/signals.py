@@ -17,7 +17,7 @@ STACK_T: Final = struct.Struct("<QiiQ")
 _SIGINFO_SIZE: Final = 128
 _INT_MAX: Final = (1 << 31) - 1
 _SI_TIMER: Final = -2
-_SI_TKILL: Final = -6
+SI_TKILL: Final = -6
 _SI_KERNEL: Final = 0x80
 # SIGALRM, SIGVTALRM, SIGPROF: of which interval timer (setitimer(2))
 _ITIMER_SIGNALS: Final = {14: 0, 26: 1, 27: 2}
@@ -66,6 +66,10 @@ def pending_of_thread(tid: int) -> tuple[bytes, ...]:
 
 def number_of(siginfo: bytes) -> int:
     return int(struct.unpack_from("<i", siginfo)[0])
+
+
+def code_of(siginfo: bytes) -> int:
+    return int(struct.unpack_from("<i", siginfo, 8)[0])
 
 
 def mask_of(queue: tuple[bytes, ...]) -> int:
@@ -126,7 +130,7 @@ def send(pid: int, tid: int, siginfo: bytes) -> None:
     """
     number, _, code = struct.unpack_from("<iii", siginfo)
     to = (pid, tid, number) if tid else (pid, number)
-    if code >= 0 or code == _SI_TKILL:
+    if code >= 0 or code == SI_TKILL:
         result = libc.syscall(arch.NR_tgkill if tid else arch.NR_kill, *to)
     else:
         call = arch.NR_rt_tgsigqueueinfo if tid else arch.NR_rt_sigqueueinfo

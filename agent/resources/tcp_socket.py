@@ -50,7 +50,13 @@ def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
 
 
 def capture(file: OpenFile, process: SourceProcess) -> State:
-    return State(tcp.capture(process.duplicate(file.fd)), file.flags & os.O_NONBLOCK)
+    """A connection stays locked. In repair nobody could read it: it is not, for if we die the process runs
+    on.
+    """
+    ours = process.duplicate(file.fd)
+    captured = tcp.capture(ours)
+    tcp.loosen(ours)
+    return State(captured, file.flags & os.O_NONBLOCK)
 
 
 def rebuild(state: State, context: Rebuilding) -> int:

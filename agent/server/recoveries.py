@@ -11,7 +11,6 @@ import logging
 from typing import Final
 
 from agent import journal, settle, settlement
-from agent.api import Outcome
 from agent.journal import Departure
 from agent.server.registry import Registry
 
@@ -51,7 +50,7 @@ class Recoveries:
         done = await settlement.recover(migration)
         if self._said.get(migration) != done.message:
             _log.warning("%s: left by another agent: %s", migration, done.message)
-        if done.outcome is Outcome.IN_DOUBT:
+        if journal.state_of("outgoing", migration) is not None:
             self._said[migration] = done.message
         else:
             self._said.pop(migration, None)

@@ -130,9 +130,11 @@ class Explorer:
     def _source(self, s: State) -> Iterator[Move]:
         step = self._rules.source[s.source_at]
         on = s._replace(source_at=s.source_at + 1)
-        if s.source_at == 0:
+        if s.source_at < self._rules.source.index("send Commit") and s.departure is not Departure.COMMITTED:
             yield "source gives up", _source_back(_cut(s))
         match step:
+            case "journal frozen":
+                yield step, on._replace(departure=Departure.FROZEN)
             case "journal committed":
                 yield step, on._replace(departure=Departure.COMMITTED)
             case "hold":

@@ -60,6 +60,7 @@ def watch(patch: pytest.MonkeyPatch, see: Watch) -> None:
     before(Entry, "to", lambda entry, state: f"journal {state}")
     before(Entry, "remove", lambda entry: "forget")
     before(hold, "put", lambda pid: "hold")
+    before(hold, "put_each", lambda pid, tids: "hold")
     before(hold, "lift", lambda tid: "lift")
     before(protocol.Link, "send", sent)
     before(FrozenProcess, "bury", lambda frozen: "bury" if frozen.tids else None)

@@ -18,7 +18,17 @@ SO_INCOMING_CPU, the SYN kept by TCP_SAVE_SYN, BPF that chooses within an SO_REU
 
 from agent.resources.tcp.blockers import blockers, can_connect, can_listen, signed_blockers
 from agent.resources.tcp.destination import activate, discard, rebuild
-from agent.resources.tcp.source import capture, held, lock, outline, pending_accepts, release, unsettled
+from agent.resources.tcp.source import (
+    capture,
+    held,
+    lock,
+    loosen,
+    outline,
+    pending_accepts,
+    release,
+    silence,
+    unsettled,
+)
 from agent.resources.tcp.state import (
     Queues,
     SocketAddress,
@@ -45,10 +55,12 @@ __all__ = [
     "held",
     "inspect",
     "lock",
+    "loosen",
     "outline",
     "pending_accepts",
     "rebuild",
     "release",
     "signed_blockers",
+    "silence",
     "unsettled",
 ]

@@ -113,6 +113,20 @@ def capture(fd: int) -> TcpConnection | TcpListener:
         return _capture_connection(sock, info, held)
 
 
+def loosen(fd: int) -> None:
+    """Out of repair, but still locked: what reads it finds it as it was. Nothing is sent."""
+    with borrow(fd) as sock:
+        if tcp_repair.tcp_info(sock).state in MOVABLE_STATES:
+            tcp_repair.repair_off(sock, window_probe=False)
+
+
+def silence(fd: int) -> None:
+    """In repair (again): it closes without a word to its peer."""
+    with borrow(fd) as sock:
+        if tcp_repair.tcp_info(sock).state in MOVABLE_STATES:
+            tcp_repair.repair_on(sock)
+
+
 def outline(fd: int) -> TcpConnection:
     """A connection with nothing in its queues: what another host needs to say whether it could have it.
 

@@ -23,7 +23,7 @@ from typing import Final
 
 import msgspec
 
-from agent import scratch, visit
+from agent import privileges, scratch, visit
 from agent.kernel import pidfd, procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.memory import RemoteMemory
@@ -230,6 +230,7 @@ def _wipe(pid: int, memory: RemoteMemory, frames: list[Range]) -> Iterator[str]:
 
 def main() -> int:
     """`python -m agent.cleanup PID [BORN]`: what was undone on standard output, line by line."""
+    privileges.enter(privileges.ENGINE)
     pid, *rest = map(int, sys.argv[1:])
     return run(pid, rest[0] if rest else None)
 

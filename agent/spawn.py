@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from agent import launch
+from agent import launch, privileges
 from agent.kernel import clone, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
@@ -98,6 +98,7 @@ def _in_child(work: object, theirs: socket.socket) -> None:
 
 
 def _helper(wanted: Wanted, seed: bytes, theirs: socket.socket, channel_fd: int, separate: bool) -> None:
+    privileges.take_back()
     if wanted.monotonic_delta or wanted.boottime_delta:
         monotonic, boottime = clone.time_offsets()
         clone.unshare(clone.CLONE_NEWTIME)

@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from agent import launch
+from agent import launch, privileges
 from agent.api import Event, Log, Progress, Request
 
 # room for thousands of events; what an unprivileged process may ask for (pipe(7))
@@ -95,6 +95,7 @@ class Abort:
 
 def main() -> int:
     """Run one request; the exit status is for people who look, the front goes by the events."""
+    privileges.enter(privileges.ENGINE)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     link_fd, events_fd = map(int, sys.argv[1:3])

@@ -8,8 +8,9 @@ import struct
 from typing import Final
 
 from agent.api import Notice
-from agent.kernel import procfs
+from agent.kernel import capabilities, procfs
 from agent.kernel.arch import x86_64 as arch
+from agent.kernel.capabilities import Sets
 from agent.state import Credentials
 from agent.tracee import Batch
 
@@ -35,8 +36,6 @@ PR_SET_THP_DISABLE: Final = 41
 PR_GET_THP_DISABLE: Final = 42
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_RAISE: Final = 2
-
-_CAPABILITY_VERSION_3: Final = 0x20080522
 
 
 def credentials(pid: int, tid: int | None = None, securebits: int = 0) -> Credentials:
@@ -83,23 +82,18 @@ def restore_credentials(batch: Batch, wanted: Credentials, now: Credentials) -> 
 
 
 def _restore_capabilities(batch: Batch, wanted: Credentials) -> None:
-    header = batch.put(struct.pack("<II", _CAPABILITY_VERSION_3, 0))
+    header = batch.put(struct.pack("<II", capabilities.VERSION_3, 0))
     if wanted.securebits:
         # with CAP_SETPCAP still effective: it may be among those that go
         full = wanted.permitted | wanted.bounding
-        everything = batch.put(_capabilities(full, full, wanted.inheritable))
+        everything = batch.put(capabilities.packed(Sets(full, full, wanted.inheritable)))
         batch.call("capset", arch.NR_capset, header, everything, optional=True)
         batch.call("securebits", arch.NR_prctl, PR_SET_SECUREBITS, wanted.securebits)
-    data = _capabilities(wanted.effective, wanted.permitted, wanted.inheritable)
+    data = capabilities.packed(Sets(wanted.effective, wanted.permitted, wanted.inheritable))
     batch.call("capset", arch.NR_capset, header, batch.put(data))
     for capability in range(64):
         if wanted.ambient >> capability & 1:
             batch.call("ambient", arch.NR_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
-
-
-def _capabilities(effective: int, permitted: int, inheritable: int) -> bytes:
-    sets = (effective, permitted, inheritable)
-    return struct.pack("<6I", *(s & 0xFFFFFFFF for s in sets), *(s >> 32 for s in sets))
 
 
 def restore_limits(pid: int, limits: tuple[tuple[int, int], ...]) -> None:

@@ -18,10 +18,10 @@ import pytest
 
 import agent
 from agent import shadow, tracee
-from agent.kernel import clone, memory, pagemap, ptrace, sched, userfaultfd
+from agent.kernel import capabilities, clone, memory, pagemap, ptrace, sched, userfaultfd
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
-from agent.resources import identity, signals, timers, waits
+from agent.resources import signals, timers, waits
 
 Probe = Callable[[str, dict[str, str]], dict[str, int]]
 
@@ -163,7 +163,7 @@ def test_other_numbers(probe: Probe) -> None:
     assert kernel["wall"] == ptrace.WALL
     assert kernel["mremap"] == shadow.MREMAP_MAYMOVE_FIXED
     assert kernel["iov"] == memory.IOV_MAX
-    assert kernel["capability"] == identity._CAPABILITY_VERSION_3
+    assert kernel["capability"] == capabilities.VERSION_3
     assert kernel["cap_resource"] == 24  # identity.limit_notices
     assert (kernel["magic1"], kernel["magic2"]) == (arch._FP_XSTATE_MAGIC1, arch._FP_XSTATE_MAGIC2)
     assert (

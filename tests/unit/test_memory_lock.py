@@ -15,11 +15,10 @@ from unit.moving import running
 from unit.test_shadow import BASE, call, no_files, shadow
 
 from agent.descriptors import Refusal
-from agent.kernel import procfs
+from agent.kernel import capabilities, procfs
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
 from agent.layout import Flag, Mapping
-from agent.resources import identity
 
 LOCKED, ON_FAULT = Flag.LOCKED, Flag.LOCKED | Flag.LOCKONFAULT
 CAP_IPC_LOCK = 14
@@ -53,8 +52,8 @@ def test_more_than_may_be_locked_is_refused_by_name() -> None:
         resource.prlimit(target.pid, resource.RLIMIT_MEMLOCK, (4 * PAGE, hard))
         batch = target.batch()
         others = int(procfs.status(target.pid)["CapPrm"], 16) & ~(1 << CAP_IPC_LOCK)
-        header = batch.put(struct.pack("<II", 0x20080522, 0))
-        data = batch.put(identity._capabilities(others, others, 0))
+        header = batch.put(struct.pack("<II", capabilities.VERSION_3, 0))
+        data = batch.put(capabilities.packed(capabilities.Sets(others, others, 0)))
         batch.call("capset", arch.NR_capset, header, data)
         target.run(target.pid, batch)
         effective = int(procfs.status(target.pid)["CapEff"], 16)

@@ -60,6 +60,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ssh: SshOptions = SshOptions()
     on_disconnect: Literal["abort", "continue"] = "abort"
     reached_at: str | None = None  # the source's address that the tool came by: it must not move
+    owner: int | None = None  # user id: only if it is wholly theirs; the service says so for who is not root
     version: int = PROTOCOL_VERSION
 
 

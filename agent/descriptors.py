@@ -49,6 +49,7 @@ class OpenFile(msgspec.Struct):
     inode: int
     size: int
     links: int
+    owner: tuple[int, int]  # user, group
     info: list[tuple[str, str]]
     socket: tuple[int, int, int] | None = None  # family, type, protocol
 
@@ -97,13 +98,30 @@ class Refusal(Exception):
         self.kind = kind
 
 
+def not_agreed(what: str) -> Refusal:
+    return Refusal("not-agreed", f"{what}: not part of what was agreed before the move")
+
+
+def checked_flags(flags: int) -> int:
+    """Open flags from the link, if nothing can be made or cut off with them; Refusal."""
+    if flags & ~REOPEN_FLAGS:
+        raise not_agreed(f"open flags {flags:#o}")
+    return flags
+
+
 class Rebuilding:
     """What rebuilding descriptions share: objects that several of them are ends of, by the source's inode."""
 
     def __init__(self) -> None:
         self.shared: dict[tuple[str, int], tuple[int, ...]] = {}
         self.elapsed_ns = 0  # since the capture, as far as known
-        self.agreed: set[str] = set()  # paths of opened files that were compared before anything was touched
+        # what was agreed before anything was touched: opened files as they are here (device, inode) by path,
+        # directories, FIFOs by path, what listens (family, address, port), local addresses of connections
+        self.agreed: dict[str, tuple[int, int]] = {}
+        self.directories: frozenset[str] = frozenset()
+        self.fifos: dict[str, Any] = {}
+        self.listening: frozenset[tuple[int, str, int]] = frozenset()
+        self.addresses: frozenset[str] = frozenset()
         self.filled: set[tuple[str, int]] = set()
         self.sockets: list[tuple[int, Any]] = []  # rebuilt TCP sockets, locked, with their states
         self.placed: dict[int, int] = {}  # their descriptors in the process
@@ -156,6 +174,7 @@ def open_file(process: SourceProcess, fd: int, link: str) -> OpenFile:
         inode=found.st_ino,
         size=found.st_size,
         links=found.st_nlink,
+        owner=(found.st_uid, found.st_gid),
         info=info,
     )
 
@@ -174,6 +193,7 @@ def _open_socket(
         inode=int(link[len(_SOCKET) : -1]),
         size=0,
         links=1,
+        owner=(0, 0),
         info=info,
         socket=_socket_kind(process.duplicate(fd)),
     )

@@ -16,13 +16,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from agent import inventory, journal, protocol
+from agent import inventory, journal, privileges, protocol
 from agent.api import Blocker, Notice
 from agent.clocks import boottime_ns
-from agent.descriptors import Rebuilding, Refusal
+from agent.descriptors import Rebuilding, Refusal, not_agreed
 from agent.finishing import Finish
 from agent.guardian import Guardian
 from agent.journal import Arrival, Entry, Overtaken, Rest, Socket, Task
@@ -34,9 +34,10 @@ from agent.pageset import Range
 from agent.phases import Phases
 from agent.protocol import Link, Pages, PeerFailed
 from agent.resources import files as file_resource
-from agent.resources import identity
+from agent.resources import identity, pipe
 from agent.resources.files import FileRef, IncomingFile
-from agent.server.store import new_id
+from agent.resources.tcp_socket import bound_to
+from agent.server.store import ID, new_id
 from agent.shadow import Shadow
 from agent.spawn import Wanted, spawn
 from agent.states import Destination
@@ -45,6 +46,7 @@ from agent.verification import check_rest, check_verify
 from transport.frames import LinkClosed, ProtocolError
 
 _CHANNEL_FD = 900
+_MAX_NOTICES = 1000  # about what came late; more would be somebody's doing
 
 
 def serve(reading: int, writing: int) -> None:
@@ -110,6 +112,7 @@ class Incoming:
         # of files that we have for ourselves, when compared
         self._stamps: dict[str, tuple[int, int, int] | None] = {}
         self._offer: protocol.Offer | None = None
+        self._refused = True
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             protocol.Ping: self._ping,
             protocol.NewFiles: self._new_files,
@@ -146,6 +149,7 @@ class Incoming:
     # --- the offer ---
 
     def _answer(self, offer: protocol.Offer) -> None:
+        _check_offer(offer)
         blockers: list[Blocker] = []
         if offer.version != protocol.VERSION:
             why = f"the source speaks version {offer.version}, this agent {protocol.VERSION}"
@@ -158,6 +162,7 @@ class Incoming:
         compared = [file_resource.compare(f, offer.copy_files) for f in offer.files]
         compared += [file_resource.compare_opened(f, offer.copy_files) for f in offer.opened]
         blockers += [b for b in compared if b is not None]
+        blockers += [b for b in map(pipe.compare, offer.fifos) if b is not None]
         blockers += _directory_blockers(offer)
         blockers += _cpu_blockers(offer)
         blockers += self.network.check(offer.addresses, offer.listeners, offer.connections)
@@ -175,7 +180,20 @@ class Incoming:
         if not blockers:
             self._receive_files(missing)
         self._stamps = {path: file_resource.stamp(path) for path in unshared}
-        self.context.agreed = {f.path for f in offer.opened}
+        self._refused = bool(blockers)
+        self._remember(offer)
+
+    def _remember(self, offer: protocol.Offer) -> None:
+        """What of the offer was agreed to; nothing else will be opened, made or bound later."""
+        context = self.context
+        for file in offer.opened:
+            with contextlib.suppress(OSError):
+                found = os.stat(file.path)
+                context.agreed[file.path] = (found.st_dev, found.st_ino)
+        context.directories = frozenset(offer.directories)
+        context.fifos = {one.path: one for one in offer.fifos}
+        context.listening = frozenset(bound_to(one) for one in offer.listeners)
+        context.addresses = frozenset(self.network.agreed)
 
     def _receive_files(self, missing: tuple[str, ...]) -> None:
         assert self._offer is not None
@@ -198,6 +216,8 @@ class Incoming:
 
     def _prepare(self, message: protocol.Prepare) -> None:
         assert self._offer is not None
+        if self._refused:
+            raise not_agreed("a process that was refused")
         offer = self._offer
         self.prepare_message = message
         reserved = [Mapping(s.start, s.end, 0) for s in offer.specials]
@@ -211,6 +231,7 @@ class Incoming:
             frozenset(offer.tids),
         )
         self.shadow = Shadow(spawn(wanted, seed, _CHANNEL_FD))
+        privileges.leave_starting(privileges.DESTINATION)
         name = offer.migration or new_id()
         self._entry = Entry.begin(
             name,
@@ -235,6 +256,7 @@ class Incoming:
         return self.shadow
 
     def _new_files(self, message: protocol.NewFiles) -> None:
+        _check_paths(file.path for file in message.files)
         for file in message.files:
             blocker = file_resource.compare(file, copy_files=False)
             if blocker is not None:
@@ -250,7 +272,7 @@ class Incoming:
             raise ProtocolError(f"file number {index} of {len(self.files)}")
         if index not in self._fds:
             file = self.files[index]
-            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = file_resource.open_regular(file.path)
             self._fds[index] = fd
             if os.fstat(fd).st_size != file.size:
                 raise Refusal("file-differs", f"{file.path} changed during the migration")
@@ -378,11 +400,12 @@ class Incoming:
         last = False
         while not last:
             message = self.link.expect(protocol.Late)
-            self._late += self._built.send_signals(message.signals)
+            said = self._built.send_signals(message.signals)
             try:
                 self.network.replay(message.packets)
             except (OSError, ValueError) as error:
-                self._late.append(Notice(kind="network", message=f"packets of the pause: {error}"))
+                said.append(Notice(kind="network", message=f"packets of the pause: {error}"))
+            self._late += said[: max(0, _MAX_NOTICES - len(self._late))]
             last = message.last
         self._journal.remove()  # the source copy is gone, so nobody will ask
         self.link.send(protocol.Done(notices=tuple(self._late)))
@@ -392,9 +415,10 @@ class Incoming:
         """Roll back what is not committed; close what is ours. Rebuilt sockets, under repair, close
         silently.
         """
-        if self.shadow is not None and not self._lasts():
-            self.shadow.destroy()
-            if self._entry is not None:
+        if self.shadow is not None:
+            lasts = self._lasts()
+            (self.shadow.forget if lasts else self.shadow.destroy)()
+            if not lasts and self._entry is not None:
                 self._entry.remove()
         self._let_go()
         self.network.close()
@@ -420,6 +444,24 @@ class Incoming:
             os.close(self.context.sockets.pop()[0])
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _check_offer(offer: protocol.Offer) -> None:
+    """What no source says that is one; ProtocolError."""
+    _check_paths([*(file.path for file in (*offer.files, *offer.opened)), *(one.path for one in offer.fifos)])
+    if offer.migration and (
+        not ID.fullmatch(offer.migration) or journal.state_of("incoming", offer.migration) is not None
+    ):
+        raise ProtocolError(f"{offer.migration!r} is not the name of a new migration")
+    if offer.pid not in offer.tids or len(set(offer.tids)) < len(offer.tids) or min(offer.tids) < 1:
+        raise ProtocolError(f"process {offer.pid} with threads {offer.tids[:5]} ...")
+
+
+def _check_paths(paths: Iterable[str]) -> None:
+    """As the kernel writes them: from the root, straight; ProtocolError."""
+    for path in paths:
+        if not path.startswith("/") or path != os.path.normpath(path) or "\0" in path:
+            raise ProtocolError(f"{path!r} is not the path of an open file")
 
 
 def _directory_blockers(offer: protocol.Offer) -> list[Blocker]:

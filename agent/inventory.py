@@ -19,7 +19,8 @@ from agent.kernel import procfs
 from agent.kernel.arch import x86_64_features
 from agent.kernel.memory import RemoteMemory
 from agent.layout import Mapping
-from agent.resources import mappings, regular_file, tcp, tcp_socket
+from agent.ownership import foreign
+from agent.resources import mappings, pipe, regular_file, tcp, tcp_socket
 from agent.resources.files import FileRef
 from agent.resources.mappings import FileTable
 from agent.shadow import Special
@@ -241,17 +242,27 @@ def opened_files(inventory: Inventory, process: SourceProcess) -> list[FileRef]:
     return [r for r in refs if r is not None]
 
 
+def fifos(inventory: Inventory) -> tuple[pipe.Fifo, ...]:
+    found = (pipe.fifo(d) for d in inventory.descriptors if procfs.is_text(d.link))
+    return tuple(one for one in found if one is not None)
+
+
 def directories(inventory: Inventory) -> tuple[str, ...]:
     opened = (d.link for d in inventory.descriptors if stat_module.S_ISDIR(d.mode))
     return tuple(path for path in (inventory.cwd, *opened) if procfs.is_text(path))
 
 
-def processes(measure: bool) -> Iterator[ProcessInfo]:
-    """The user processes of this host; with `measure`, each one's dirty rate where it can be watched."""
+def processes(measure: bool, owner: int | None = None) -> Iterator[ProcessInfo]:
+    """The user processes of this host; with `measure`, each one's dirty rate where it can be watched.
+
+    With `owner` only those that are wholly that user's; no other is touched.
+    """
     from agent.dirty_rate import dirty_rate
 
     for pid in sorted(procfs.processes()):
         try:
+            if owner is not None and foreign(pid, owner):
+                continue
             info = _process_info(pid)
         except (ProcessLookupError, FileNotFoundError, PermissionError):
             continue

@@ -19,7 +19,7 @@ from agent.kernel.addresses import Announcer
 from agent.kernel.packet import Injector
 from agent.kernel.sock_diag import SockDiag
 from agent.resources import service_address, tcp
-from agent.resources.service_address import ServiceAddress
+from agent.resources.service_address import ServiceAddress, stays_valid
 from agent.resources.switchover import PacketCapture, replay
 from agent.resources.tcp_socket import recognise
 
@@ -67,7 +67,7 @@ class SourceNetwork:
                     self.listeners.append(state)
             else:
                 self.connections.append(tcp.outline(ours))
-            if not _stays_valid(info.local.address):
+            if not stays_valid(info.local.address):
                 needed.setdefault(info.local.address, file.name)
         self._decide(needed, wanted, [reached_at] if reached_at else [], inodes)
 
@@ -164,16 +164,12 @@ class SourceNetwork:
             self._diag = None
 
 
-def _stays_valid(address: str) -> bool:
-    """Wildcard and loopback addresses mean the same on every host."""
-    return address in ("0.0.0.0", "::", "") or address.startswith("127.") or address == "::1"
-
-
 class DestinationNetwork:
     """The destination's part."""
 
     def __init__(self) -> None:
         self._places: list[tuple[ServiceAddress, str]] = []
+        self.agreed: set[str] = set()  # addresses that sockets may have, besides those of every host
         # opened early, closed late: the kernel takes milliseconds over them
         self._announcer: Announcer | None = None
         self._injector: Injector | None = None
@@ -187,16 +183,32 @@ class DestinationNetwork:
         """Why this host could not have them; remembers where each address goes."""
         found: list[Blocker] = []
         for address in addresses:
+            self.agreed.add(address.address)
             place = service_address.place(address)
             if isinstance(place, Blocker):
                 found.append(place)
             else:
                 self._places.append((address, place))
+        sockets: tuple[tcp.TcpSocket, ...] = (*listeners, *connections)
+        found += [
+            Blocker(
+                kind="address-stays",
+                what=f"tcp {one.local}",
+                why="it is bound to an address that does not move along",
+                hint=f"add --address {one.local.address}",
+            )
+            for one in sockets
+            if not self.may_have(one.local.address)
+        ]
         asked = [*(tcp.can_listen(one) for one in listeners), *(tcp.can_connect(one) for one in connections)]
         found += [b for b in asked if b is not None]
         if self._places:
             self._announcer, self._injector = Announcer(), Injector()
         return found
+
+    def may_have(self, address: str) -> bool:
+        """Whether a socket of the process may have this local address here."""
+        return address in self.agreed or stays_valid(address)
 
     @property
     def places(self) -> list[tuple[ServiceAddress, str]]:

@@ -44,6 +44,7 @@ from agent.api import Blocker, Notice, Phase
 from agent.descriptors import Descriptor
 from agent.layout import Mapping
 from agent.resources.files import FileRef
+from agent.resources.pipe import Fifo
 from agent.resources.service_address import ServiceAddress
 from agent.resources.tcp import TcpConnection, TcpListener
 from agent.shadow import Special
@@ -69,6 +70,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     cpu_flags: tuple[str, ...]
     limits: tuple[tuple[int, int], ...]
     directories: tuple[str, ...]  # cwd and opened directories
+    fifos: tuple[Fifo, ...] = ()
     listeners: tuple[TcpListener, ...]
     connections: tuple[TcpConnection, ...] = ()  # outlines: nothing in their queues
     addresses: tuple[ServiceAddress, ...]

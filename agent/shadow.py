@@ -23,7 +23,7 @@ import msgspec
 from agent import hold, layout, spawn
 from agent.api import Notice
 from agent.descriptors import Refusal
-from agent.kernel import clone, procfs, ptrace
+from agent.kernel import clone, pidfd, procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE, Registers
 from agent.kernel.memory import IOV_MAX, MemoryFault, RemoteMemory, address_of
@@ -81,6 +81,7 @@ class Shadow(Tracee):
         self.layout: list[Mapping] = []
         self.threads: dict[int, int] = {}  # the process's own number -> as we see it
         self._born: list[int] = []
+        self._process = pidfd.open_process(spawned.pid)  # which it stays, also when we have let it go
         self._locking: list[tuple[int, int, int]] = []  # mlock2 calls of a batch: index, start, end
 
     # --- birth ---
@@ -434,7 +435,7 @@ class Shadow(Tracee):
         for own, siginfo in queue:
             number = signals.number_of(siginfo)
             try:
-                signals.send(self.pid, self.threads[own] if own else 0, siginfo)
+                signals.send(self._process, self.pid, self.threads[own] if own else 0, siginfo)
             except (OSError, KeyError) as error:
                 lost.append(_signal_lost(number, error))
         return lost
@@ -456,8 +457,15 @@ class Shadow(Tracee):
             ptrace.detach(tid)
         self.memory.close()
 
+    def forget(self) -> None:
+        """Nothing more is to be sent to it. Idempotent."""
+        if self._process >= 0:
+            os.close(self._process)
+            self._process = -1
+
     def destroy(self) -> None:
         """Roll back: kill it and wait until it is gone."""
+        self.forget()
         try:
             os.kill(self.pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -45,6 +45,7 @@ from agent.guardian import Guardian
 from agent.journal import Departure, Entry, Task
 from agent.kernel import procfs
 from agent.network import SourceNetwork
+from agent.ownership import foreign
 from agent.precopy import Convergence, Decision, Measured
 from agent.protocol import Link, PeerFailed
 from agent.resources.files import FileRef, read_chunks, stamp
@@ -249,12 +250,20 @@ class Migration:
                 hint="see `migrate ps`",
             )
             raise Refused([blocker]) from None
+        if why := self._foreign():
+            what = f"pid {self.request.pid}"
+            raise Refused([ApiBlocker(kind="not-owned", what=what, why=why, hint="ask root to move it")])
         found = inventory.examine(self.process)
         self.network.plan(found, self.process, self.options.addresses, self.request.reached_at)
         # a duplicate that stays would keep a connection open that the program closes
         self.process.forget_duplicates()
         self.report = msgspec.structs.replace(self.report, memory_bytes=found.memory_bytes)
         return found
+
+    def _foreign(self) -> str:
+        """Asked for by a user: why it is not wholly theirs (any more)."""
+        uid = self.request.owner
+        return foreign(self.request.pid, uid) if uid is not None else ""
 
     def _agree(self, found: inventory.Inventory) -> None:
         """Ask the destination; raise Refused with both ends' blockers, or report the check."""
@@ -279,7 +288,7 @@ class Migration:
             return
         if blockers:
             raise Refused(blockers)
-        self._send_files()
+        self._send_files(found)
 
     def _offer(self, found: inventory.Inventory) -> protocol.Offer:
         assert self.process is not None
@@ -299,6 +308,7 @@ class Migration:
             cpu_flags=inventory.cpu_flags(),
             limits=tuple(procfs.limits(pid)),
             directories=inventory.directories(found),
+            fifos=inventory.fifos(found),
             listeners=tuple(self.network.listeners),
             connections=tuple(self.network.connections),
             addresses=tuple(self.network.addresses),
@@ -322,10 +332,13 @@ class Migration:
             notices=tuple(notices),
         )
 
-    def _send_files(self) -> None:
+    def _send_files(self, found: inventory.Inventory) -> None:
+        offered = {f.path: f for f in (*found.files.refs, *self._opened)} if self.options.copy_files else {}
         for path in self._missing:
+            if path not in offered:
+                raise ProtocolError(f"the destination wants {path}, which was not offered")
             self._state(Source.COPYING, path)
-            for data in read_chunks(path):
+            for data in read_chunks(offered[path]):
                 self.link.send(protocol.FileData(path=path, data=data, last=False))
             self.link.send(protocol.FileData(path=path, data=b"", last=True))
 
@@ -428,6 +441,8 @@ class Migration:
         )
         frozen = self.frozen
         frozen.stop()
+        if why := self._foreign():
+            raise Unmovable("not-owned", f"pid {self.request.pid}: {why}")
         self._check_files(found)
         self.link.send(frozen.capture())
         frozen.phases.mark("send state")

@@ -11,14 +11,17 @@ from agent.layout import Mapping, merge
 from agent.pageset import PageSet
 from agent.shadow import Shadow
 from agent.soft_dirty import SoftDirty
-from agent.verify import digest
+from agent.verify import PIECE, digest
+from transport.frames import ProtocolError
 
 _ZERO: Final = bytes(PAGE)
 _SPECIAL: Final = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
 
 
 def check_verify(shadow: Shadow, message: protocol.Verify) -> list[tuple[int, int]]:
-    """The pieces whose digest differs."""
+    """The pieces whose digest differs; ProtocolError for one larger than any source's."""
+    if any(not 0 < end - start <= PIECE for start, end, _ in message.pieces):
+        raise ProtocolError("a piece to verify that is none")
     return [
         (start, end)
         for start, end, expected in message.pieces

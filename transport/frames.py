@@ -69,7 +69,7 @@ def decode_header(data: bytes) -> Header:
         raise ProtocolError(f"a header of {len(data)} bytes")
     magic, kind, reserved, length, checksum, raw_size = HEADER.unpack(data)
     if magic != MAGIC or reserved:
-        raise ProtocolError(f"not a frame: {data.hex()}")
+        raise ProtocolError(f"not a frame: it begins with {magic:#06x}")  # the rest may be memory
     if kind not in Kind._value2member_map_:
         raise ProtocolError(f"unknown kind of frame {kind}")
     if kind == Kind.MESSAGE and raw_size:

@@ -64,12 +64,12 @@ def parse(packet: bytes) -> Parsed:
         (payload,) = struct.unpack_from(">H", packet, 4)
         if packet[6] == socket.IPPROTO_TCP and payload + 40 == len(packet):
             return _parsed(ipaddress.IPv6Address(packet[24:40]), packet, 40, False)
-    raise ValueError(f"not an IP packet with TCP in it: {len(packet)} bytes, {packet[:40].hex()}")
+    raise ValueError(f"not an IP packet with TCP in it: {len(packet)} bytes, {packet[:20].hex()}")
 
 
 def _parsed(destination: Address, packet: bytes, tcp: int, fragment: bool) -> Parsed:
     if not fragment and len(packet) < tcp + TCP_HEADER:
-        raise ValueError(f"TCP header cut off: {len(packet)} bytes, {packet[:60].hex()}")
+        raise ValueError(f"TCP header cut off: {len(packet)} bytes, {packet[:40].hex()}")
     return Parsed(destination, tcp, fragment)
 
 

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
-from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, SourceProcess
+from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, SourceProcess, checked_flags, not_agreed
 
 NAME: Final = "character-device"
 DEVICES: Final = {3: "/dev/null", 5: "/dev/zero", 7: "/dev/full", 8: "/dev/random", 9: "/dev/urandom"}
@@ -33,7 +33,9 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
-    fd = os.open(DEVICES[state.minor], state.flags | os.O_CLOEXEC)
+    if state.minor not in DEVICES:
+        raise not_agreed(f"memory device {state.minor}")
+    fd = os.open(DEVICES[state.minor], checked_flags(state.flags) | os.O_CLOEXEC)
     if os.fstat(fd).st_rdev != os.makedev(1, state.minor):
         os.close(fd)
         raise OSError(19, "is another device here", DEVICES[state.minor])

@@ -8,11 +8,11 @@ differs is refused by name.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -26,7 +26,7 @@ HURRIED_SIZE: Final = 4 << 20  # whose digest takes a few milliseconds
 
 
 class FileRef(msgspec.Struct, frozen=True):
-    """A regular file by what is in it: digest, or build id alone; neither where only the size matters."""
+    """A regular file by what is in it: digest, or build id alone."""
 
     path: str
     size: int
@@ -37,6 +37,7 @@ class FileRef(msgspec.Struct, frozen=True):
     identity: tuple[int, int] = (0, 0)
     # size, st_mtime and st_ctime in nanoseconds: whether it was written since
     stamp: tuple[int, int, int] = (0, 0, 0)
+    owner: tuple[int, int] = (0, 0)  # user and group
 
 
 def digest(fd: int) -> bytes:
@@ -75,9 +76,40 @@ def describe(path: str, through: str, hurried: bool = False) -> FileRef:
             why = f"{path} ({info.st_size} bytes) was mapped too late to be compared before the pause"
             raise Unmovable("file-new", why)
         content = b"" if name else digest(fd)
-        return FileRef(path, info.st_size, mode, content, build_id=name, identity=its, stamp=_stamp(info))
+        stamp, owner = _stamp(info), (info.st_uid, info.st_gid)
+        return FileRef(path, info.st_size, mode, content, name, identity=its, stamp=stamp, owner=owner)
     finally:
         os.close(fd)
+
+
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file; NotRegular, OSError. Opening a device, or a FIFO, may do something."""
+    looked = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(looked).st_mode):
+            raise NotRegular(errno.EINVAL, "it is no regular file", path)
+        return os.open(f"/proc/self/fd/{looked}", flags | os.O_CLOEXEC)
+    finally:
+        os.close(looked)
+
+
+class NotRegular(OSError):
+    """Something else has this name."""
+
+
+def wider(owner: tuple[int, int], mode: int, here: os.stat_result) -> str:
+    """Why a descriptor of theirs would give more of this file than it did of their own; "" if it would not.
+
+    It is opened with the agent's rights, if those are root's: a name may lead to somebody else's file (a
+    symbolic link).
+    """
+    if os.geteuid() != 0:
+        return ""
+    if (here.st_uid, here.st_gid) != owner:
+        return f"owner {owner[0]}:{owner[1]} on the source, {here.st_uid}:{here.st_gid} on the destination"
+    if mode & 0o777 & ~here.st_mode:
+        return f"mode {mode & 0o777:04o} on the source, {here.st_mode & 0o777:04o} on the destination"
+    return ""
 
 
 def identity(fd: int, info: os.stat_result) -> tuple[int, int]:
@@ -99,7 +131,7 @@ def _stamp(info: os.stat_result) -> tuple[int, int, int]:
 def shared(file: FileRef) -> bool:
     """Whether our file of that name is the very same one, on a file system that both hosts have."""
     try:
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(file.path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return False
     try:
@@ -110,15 +142,22 @@ def shared(file: FileRef) -> bool:
 
 def compare_opened(file: FileRef, copy_files: bool) -> Blocker | None:
     """The same for a file that the process may be writing: on a shared file system it may differ by now."""
-    return None if shared(file) else compare(file, copy_files)
+    found = None if shared(file) else compare(file, copy_files)
+    if found is not None or not os.path.exists(file.path):
+        return found
+    why = wider(file.owner, file.mode, os.stat(file.path))
+    hint = "give it the same owner and mode on both hosts"
+    return Blocker(kind="file-owner", what=file.path, why=why, hint=hint) if why else None
 
 
 def compare(file: FileRef, copy_files: bool) -> Blocker | None:
     """What stands in the way of using our own `file.path`; None if nothing."""
     try:
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_regular(file.path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None if copy_files else _missing(file)
+    except NotRegular:
+        return _differs(file, "it is no regular file there")
     except OSError as error:
         return _differs(file, f"it cannot be opened there: {error.strerror}")
     try:
@@ -131,8 +170,6 @@ def compare(file: FileRef, copy_files: bool) -> Blocker | None:
 def _difference(file: FileRef, fd: int) -> str:
     """In what ours is another; "" if it is the same."""
     info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
-        return "it is no regular file there"
     if info.st_size != file.size:
         return f"{file.size} bytes here, {info.st_size} there"
     if _same_content(file, fd, info):
@@ -148,7 +185,7 @@ def _same_content(file: FileRef, fd: int, info: os.stat_result) -> bool:
         return True  # the very same file, or a clone of it that nobody has changed
     if file.digest:
         return digest(fd) == file.digest
-    return not file.build_id or elf.build_id(fd) == file.build_id
+    return bool(file.build_id) and elf.build_id(fd) == file.build_id
 
 
 def _missing(file: FileRef) -> Blocker:
@@ -173,31 +210,82 @@ def missing(files: list[FileRef]) -> list[str]:
     return [f.path for f in files if not os.path.lexists(f.path)]
 
 
-def read_chunks(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while data := file.read(_CHUNK):
+def read_chunks(file: FileRef) -> Iterator[bytes]:
+    """What is in it, if its path still leads to what was described; Unmovable, OSError."""
+    with open(open_regular(file.path), "rb") as opened:
+        if identity(opened.fileno(), os.fstat(opened.fileno())) != file.identity:
+            raise Unmovable("file-changed", f"{file.path} was replaced during the migration")
+        while data := opened.read(_CHUNK):
             yield data
 
 
 class IncomingFile:
-    """A missing file on its way in: written beside its place, checked, and only then given its name."""
+    """A missing file on its way in: written beside its place, checked, and only then given its name.
+
+    It belongs to whom it belongs to there, and has their mode without setuid, setgid and sticky.
+    """
 
     def __init__(self, file: FileRef) -> None:
+        """OSError; EPERM where its owner may not put files."""
         self.file = file
-        target = Path(file.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(target.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._left = file.size
+        directory, self._name = os.path.split(file.path)
+        self._directory = _open_directory(directory, file)
+        try:
+            place = f"/proc/self/fd/{self._directory}"
+            self._fd = os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except BaseException:
+            os.close(self._directory)
+            raise
 
     def write(self, data: bytes) -> None:
-        os.write(self._fd, data)
+        self._left -= len(data)
+        if self._left < 0:
+            raise OSError(errno.EFBIG, f"more than the {self.file.size} bytes announced", self.file.path)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
 
     def finish(self) -> None:
         """Give it its name; OSError if the content is not what was announced or the name is taken by now."""
         try:
-            if self.file.digest and digest(self._fd) != self.file.digest:
-                raise OSError(5, "the copied content does not match", self.file.path)
-            os.fchmod(self._fd, self.file.mode)
-            # some directory must be named, or Python calls link(2), which does not follow
-            os.link(f"/proc/self/fd/{self._fd}", self.file.path, src_dir_fd=self._fd, follow_symlinks=True)
+            if self._left or digest(self._fd) != self.file.digest:
+                raise OSError(errno.EIO, "the copied content does not match", self.file.path)
+            if os.geteuid() == 0:
+                os.fchown(self._fd, *self.file.owner)
+            os.fchmod(self._fd, self.file.mode & 0o777)
+            source = f"/proc/self/fd/{self._fd}"
+            os.link(source, self._name, dst_dir_fd=self._directory, follow_symlinks=True)
         finally:
-            os.close(self._fd)
+            self.close()
+
+    def close(self) -> None:
+        os.close(self._fd)
+        os.close(self._directory)
+
+
+def _open_directory(path: str, file: FileRef) -> int:
+    """The directory, made with those above it if need be. OSError."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _make_directory(path, file)
+    found = os.fstat(fd)
+    if file.owner[0] in (0, found.st_uid) or found.st_mode & 0o002:
+        return fd
+    os.close(fd)
+    why = f"{path} is not a directory of user {file.owner[0]}, whose file it would be"
+    raise OSError(errno.EPERM, why, file.path)
+
+
+def _make_directory(path: str, file: FileRef) -> int:
+    above, name = os.path.split(path)
+    parent = _open_directory(above, file)
+    try:
+        os.mkdir(name, 0o755, dir_fd=parent)
+        made = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        if os.geteuid() == 0:
+            os.chown(f"/proc/self/fd/{made}", *file.owner)
+        return made
+    finally:
+        os.close(parent)

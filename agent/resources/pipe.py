@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import os
@@ -13,14 +12,23 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
-from agent.descriptors import OpenFile, Rebuilding, SourceProcess
+from agent.descriptors import OpenFile, Rebuilding, Refusal, SourceProcess, not_agreed
 from agent.kernel import procfs
 from agent.kernel.errors import check, libc
+from agent.resources.files import wider
 from agent.tracee import Tracee
 
 NAME: Final = "pipe"
 _SPLICE_F_NONBLOCK: Final = 2
 _FLAGS: Final = os.O_ACCMODE | os.O_NONBLOCK | os.O_DIRECT
+
+
+class Fifo(msgspec.Struct, frozen=True):
+    """A FIFO that the process has open, for the offer."""
+
+    path: str
+    mode: int
+    owner: tuple[int, int]
 
 
 class State(msgspec.Struct, frozen=True):
@@ -30,6 +38,7 @@ class State(msgspec.Struct, frozen=True):
     flags: int
     capacity: int
     content: bytes
+    owner: tuple[int, int] = (0, 0)  # of a FIFO
 
 
 def recognise(file: OpenFile) -> bool:
@@ -53,6 +62,39 @@ def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
             Blocker(kind="packet-pipe", what=file.name, why="a pipe in packet mode (O_DIRECT)", hint="")
         )
     return found
+
+
+def fifo(file: OpenFile) -> Fifo | None:
+    """None for a pipe, which has no name."""
+    if not recognise(file) or file.link.startswith("pipe:["):
+        return None
+    return Fifo(file.link, stat.S_IMODE(file.mode), file.owner)
+
+
+def compare(one: Fifo) -> Blocker | None:
+    """On the destination: what stands in the way of that FIFO, which is made if it is missing."""
+    kind, hint = "file-differs", "remove what has that name there"
+    try:
+        found = os.stat(one.path)
+    except OSError:
+        directory = os.path.dirname(one.path)
+        why = _foreign_place(one, directory)
+        kind, hint = "directory-missing", f"create {directory} there"
+    else:
+        why = "it is no FIFO there" if not stat.S_ISFIFO(found.st_mode) else ""
+        if not why:
+            why = wider(one.owner, one.mode, found)
+            kind, hint = "file-owner", "give it the same owner and mode on both hosts"
+    return Blocker(kind=kind, what=one.path, why=why, hint=hint) if why else None
+
+
+def _foreign_place(one: Fifo, directory: str) -> str:
+    try:
+        found = os.stat(directory)
+    except OSError as error:
+        return f"the destination cannot make it: {error.strerror}"
+    mine = one.owner[0] in (0, found.st_uid) or found.st_mode & 0o002
+    return "" if mine else f"{directory} is not a directory of user {one.owner[0]} on the destination"
 
 
 def _other_holders(file: OpenFile, pid: int) -> str:
@@ -93,7 +135,13 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
     capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
     mode = stat.S_IMODE(file.mode)
     return State(
-        file.inode, path, mode, file.flags & _FLAGS, capacity, _peek(fd, capacity) if readable else b""
+        file.inode,
+        path,
+        mode,
+        file.flags & _FLAGS,
+        capacity,
+        _peek(fd, capacity) if readable else b"",
+        file.owner,
     )
 
 
@@ -117,18 +165,19 @@ def _peek(fd: int, capacity: int) -> bytes:
 
 def rebuild(state: State, context: Rebuilding) -> int:
     """One end; the pipe itself is made by the first of its ends to come by, and filled by a readable one."""
+    if state.flags & ~_FLAGS:
+        raise not_agreed(f"flags {state.flags:#o} of a pipe")
     key = ("pipe", state.inode)
     if key not in context.shared:
-        context.shared[key] = _create(state)
+        context.shared[key] = _create(state, context)
     ends = context.shared[key]
     if state.content and key not in context.filled:
         context.filled.add(key)
         _fill(ends[1], state.content)
     mode = state.flags & os.O_ACCMODE
     end = ends[0] if mode == os.O_RDONLY else ends[1]
-    path = state.path or f"/proc/self/fd/{end}"
     # non-blocking while opening: an end must not wait for the other one
-    fd = os.open(path, state.flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(f"/proc/self/fd/{end}", state.flags | os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.fcntl(fd, fcntl.F_SETFL, state.flags & ~os.O_ACCMODE)
     return fd
 
@@ -152,16 +201,48 @@ def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
     return calm
 
 
-def _create(state: State) -> tuple[int, int]:
+def _create(state: State, context: Rebuilding) -> tuple[int, int]:
     if state.path:
-        with contextlib.suppress(FileExistsError):  # a FIFO is only a name: one that is missing is made
-            os.mkfifo(state.path, state.mode)
-        reading = os.open(state.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        writing = os.open(state.path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if state.path in context.fifos:
+            _make(context.fifos[state.path])
+        reading, writing = _open_fifo(state)
     else:
         reading, writing = os.pipe2(os.O_CLOEXEC)
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, state.capacity)
     return reading, writing
+
+
+def _make(one: Fifo) -> None:
+    """A FIFO is only a name: one that is missing is made."""
+    mask = os.umask(0)
+    try:
+        os.mkfifo(one.path, one.mode & 0o777)
+    except FileExistsError:
+        return
+    finally:
+        os.umask(mask)
+    made = os.open(one.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.geteuid() == 0 and stat.S_ISFIFO(os.fstat(made).st_mode):
+            os.chown(f"/proc/self/fd/{made}", *one.owner)
+    finally:
+        os.close(made)
+
+
+def _open_fifo(state: State) -> tuple[int, int]:
+    """Both ends of what is one, and the process's to have; anything else of that name is not opened."""
+    looked = os.open(state.path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        found = os.fstat(looked)
+        if not stat.S_ISFIFO(found.st_mode):
+            raise not_agreed(f"{state.path} is no FIFO")
+        if why := wider(state.owner, state.mode, found):
+            raise Refusal("file-owner", f"{state.path}: {why}")
+        place = f"/proc/self/fd/{looked}"
+        reading = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return reading, os.open(place, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(looked)
 
 
 def _fill(fd: int, content: bytes) -> None:

@@ -11,8 +11,16 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
-from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, Refusal, SourceProcess
-from agent.resources.files import FileRef, describe, identity
+from agent.descriptors import (
+    REOPEN_FLAGS,
+    OpenFile,
+    Rebuilding,
+    Refusal,
+    SourceProcess,
+    checked_flags,
+    not_agreed,
+)
+from agent.resources.files import FileRef, describe, identity, wider
 from agent.unmovable import Unmovable
 
 NAME: Final = "regular-file"
@@ -29,6 +37,7 @@ class State(msgspec.Struct, frozen=True):
     mode: int = 0o600
     content: bytes | None = None  # of a file that has no name any more
     identity: tuple[int, int] = (0, 0)  # of one that has, as in FileRef
+    owner: tuple[int, int] = (0, 0)
 
 
 def recognise(file: OpenFile) -> bool:
@@ -93,10 +102,12 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
         stat.S_IMODE(file.mode),
         content,
         identity,
+        file.owner,
     )
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
+    checked_flags(state.flags)
     fd = _recreate(state) if state.content is not None else _open(state, context)
     if not state.flags & os.O_PATH:
         os.lseek(fd, state.position, os.SEEK_SET)
@@ -104,36 +115,51 @@ def rebuild(state: State, context: Rebuilding) -> int:
 
 
 def _open(state: State, context: Rebuilding) -> int:
-    fd = os.open(state.path, state.flags | os.O_CLOEXEC)
-    found = os.fstat(fd)
+    """Looked at first: nothing but a file or directory that it may have is opened."""
+    looked = os.open(state.path, os.O_PATH | os.O_CLOEXEC)
     try:
+        found = os.fstat(looked)
         if stat.S_ISREG(found.st_mode):
-            _compare(state, context, fd, found)
-    except Refusal:
-        os.close(fd)
-        raise
-    return fd
+            _compare(state, context, looked, found)
+        elif not stat.S_ISDIR(found.st_mode):
+            raise not_agreed(f"{state.path} is neither file nor directory")
+        elif state.path not in context.directories:
+            _compare_owner(state, found)
+        return os.open(f"/proc/self/fd/{looked}", state.flags | os.O_CLOEXEC)
+    finally:
+        os.close(looked)
 
 
 def _compare(state: State, context: Rebuilding, fd: int, found: os.stat_result) -> None:
-    """Its content was compared at the offer, or it was opened later: then only the very same file will do."""
+    """The file whose content was compared at the offer; or opened later: then only the very same will do."""
     if found.st_size != state.size:
         raise Refusal("file-differs", f"{state.path}: {state.size} bytes on the source, {found.st_size} here")
-    if state.path not in context.agreed and identity(fd, found) != state.identity:
+    _compare_owner(state, found)
+    compared = context.agreed.get(state.path) == (found.st_dev, found.st_ino)
+    if not compared and identity(fd, found) != state.identity:
         raise Refusal(
             "file-differs", f"{state.path} was opened during the migration and is another file here"
         )
 
 
+def _compare_owner(state: State, found: os.stat_result) -> None:
+    why = wider(state.owner, state.mode, found)
+    if why:
+        raise Refusal("file-owner", f"{state.path}: {why}")
+
+
 def _recreate(state: State) -> int:
+    """The process's own again, and never setuid: it was its owner's to run as, and would be ours."""
     directory = os.path.dirname(state.path)
     if not os.path.isdir(directory):
         directory = "/tmp"
-    nameless = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, state.mode)
+    nameless = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, state.mode & 0o777)
     try:
         view = memoryview(state.content or b"")
         while view:
             view = view[os.write(nameless, view) :]
+        if os.geteuid() == 0:
+            os.fchown(nameless, *state.owner)
         return os.open(f"/proc/self/fd/{nameless}", state.flags | os.O_CLOEXEC)
     finally:
         os.close(nameless)

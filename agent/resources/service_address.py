@@ -79,6 +79,11 @@ def _entry(address: ServiceAddress, interface: str) -> InterfaceAddress:
     return InterfaceAddress(**fields)
 
 
+def stays_valid(address: str) -> bool:
+    """Wildcard and loopback addresses mean the same on every host."""
+    return address in ("0.0.0.0", "::", "") or address.startswith("127.") or address == "::1"
+
+
 # source ---------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +212,7 @@ def place(address: ServiceAddress) -> str | Blocker:
         if one.flags & kernel.IFF_UP and not one.flags & kernel.IFF_LOOPBACK
     }
     inside = ipaddress.ip_address(address.address)
-    fitting = [one.interface for one in here if one.interface in up and inside in one.network]
+    fitting = [one.interface for one in here if one.interface in up and _fits(inside, address, one)]
     if not fitting:
         why = "no interface of the destination is in the network of this address"
         hint = (
@@ -215,6 +220,17 @@ def place(address: ServiceAddress) -> str | Blocker:
         )
         return _blocker("address-no-place", f"{address.address}/{address.prefix_length}", why, hint)
     return address.interface if address.interface in fitting else fitting[0]
+
+
+def _fits(
+    inside: ipaddress.IPv4Address | ipaddress.IPv6Address, address: ServiceAddress, one: InterfaceAddress
+) -> bool:
+    """Whether it can stand beside `one`: no address of the network itself, nor with a larger network."""
+    network = one.network
+    edges = {network.network_address, network.broadcast_address} if network.num_addresses > 2 else set()
+    odd = inside.is_loopback or inside.is_multicast or inside.is_unspecified or inside.is_link_local
+    narrow = network.prefixlen <= address.prefix_length <= network.max_prefixlen
+    return inside in network and narrow and not odd and inside not in edges
 
 
 def install(address: ServiceAddress, interface: str) -> None:

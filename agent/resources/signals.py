@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
-from agent.kernel import procfs, ptrace
+from agent.kernel import pidfd, procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
 from agent.tracee import Batch, Outcome
@@ -123,16 +123,21 @@ def requeue_thread(batch: Batch, tgid: int, tid: int, queue: tuple[bytes, ...]) 
         batch.call("rt_tgsigqueueinfo", arch.NR_rt_tgsigqueueinfo, tgid, tid, number_of(siginfo), place)
 
 
-def send(pid: int, tid: int, siginfo: bytes) -> None:
-    """Send it to a living process (`tid` 0) or thread.
+def send(process: int, pid: int, tid: int, siginfo: bytes) -> None:
+    """Send it to a living process (`tid` 0), or to one of its threads; ProcessLookupError if it has ended.
 
-    With its siginfo as far as the kernel lets others (si_code < 0).
+    `process` is its pidfd: its number may be another's by now. With its siginfo as far as the kernel lets
+    others (si_code < 0).
     """
     number, _, code = struct.unpack_from("<iii", siginfo)
-    to = (pid, tid, number) if tid else (pid, number)
-    if code >= 0 or code == SI_TKILL:
-        result = libc.syscall(arch.NR_tgkill if tid else arch.NR_kill, *to)
+    plain = code >= 0 or code == SI_TKILL
+    if not tid:
+        pidfd.send_signal(process, number, None if plain else siginfo)
+        return
+    pidfd.send_signal(process, 0)  # it is there
+    if plain:
+        result = libc.syscall(arch.NR_tgkill, pid, tid, number)
     else:
-        call = arch.NR_rt_tgsigqueueinfo if tid else arch.NR_rt_sigqueueinfo
-        result = libc.syscall(call, *to, ctypes.create_string_buffer(siginfo, len(siginfo)))
+        info = ctypes.create_string_buffer(siginfo, len(siginfo))
+        result = libc.syscall(arch.NR_rt_tgsigqueueinfo, pid, tid, number, info)
     check(result, f"signal {number} to {pid}")

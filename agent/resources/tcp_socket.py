@@ -10,9 +10,10 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
-from agent.descriptors import OpenFile, Rebuilding, SourceProcess
+from agent.descriptors import OpenFile, Rebuilding, SourceProcess, not_agreed
 from agent.kernel.tcp_repair import borrow
 from agent.resources import tcp
+from agent.resources.service_address import stays_valid
 from agent.resources.tcp import options
 from agent.tracee import Tracee
 
@@ -60,11 +61,26 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
-    """Locked and in repair until `tcp.activate`."""
+    """Locked and in repair until `tcp.activate`. Refusal if it was not agreed, and could be another's."""
+    _check(state.tcp, context)
     fd = tcp.rebuild(state.tcp)
     os.set_blocking(fd, not state.flags & os.O_NONBLOCK)
     context.sockets.append((fd, state.tcp))
     return fd
+
+
+def _check(one: tcp.TcpSocket, context: Rebuilding) -> None:
+    """What listens, or is bound, was tried out at the offer; connections may have been made since."""
+    if isinstance(one, tcp.TcpListener):
+        agreed = not one.local.port or bound_to(one) in context.listening
+    else:
+        agreed = one.local.address in context.addresses or stays_valid(one.local.address)
+    if not agreed:
+        raise not_agreed(f"tcp {one.local}")
+
+
+def bound_to(one: tcp.TcpListener) -> tuple[int, str, int]:
+    return one.family, one.local.host, one.local.port
 
 
 def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:

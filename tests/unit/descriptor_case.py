@@ -12,6 +12,8 @@ from unit.children import forked
 
 from agent import kinds
 from agent.descriptors import Descriptor, OpenFile, Rebuilding, SourceProcess, open_files
+from agent.resources import pipe, tcp
+from agent.resources.tcp_socket import bound_to
 
 
 class Case:
@@ -45,7 +47,14 @@ class Case:
         return [self.file(n) for n in self.numbers]
 
     def capture(self, index: int = 0) -> Descriptor:
-        return kinds.capture(self.file(self.numbers[index]), self.process)
+        """As after an offer with all of it."""
+        file = self.file(self.numbers[index])
+        captured = kinds.capture(file, self.process)
+        if (fifo := pipe.fifo(file)) is not None:
+            self.context.fifos[fifo.path] = fifo
+        if isinstance(state := getattr(kinds.decode(captured), "tcp", None), tcp.TcpListener):
+            self.context.listening |= {bound_to(state)}
+        return captured
 
     def state(self, index: int = 0) -> Any:
         return kinds.decode(self.capture(index))

@@ -143,6 +143,7 @@ class Move:
         aborted: Callable[[Move], bool] = lambda _: False,
         prepare: Callable[[], None] = lambda: None,
         operation: str = "move",
+        owner: int | None = None,
     ) -> None:
         self.name = new_id()
         self.events: list[Event] = []
@@ -150,7 +151,7 @@ class Move:
         self._on_state = on_state
         self.destination = Destination(prepare)
         pid = program if isinstance(program, int) else program.pid
-        request = Request(operation=operation, pid=pid, destination="here", options=options)  # type: ignore[arg-type]
+        request = Request(operation=operation, pid=pid, destination="here", options=options, owner=owner)  # type: ignore[arg-type]
         try:
             source.run(request, self.destination.link, self._emit, lambda: aborted(self), self.name)
         finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import struct
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from unit.children import compiled, forked
 
 from agent.kernel import elf, procfs
+from agent.kernel.errors import libc
 from agent.resources import files
 from agent.resources.files import FileRef, IncomingFile
 from agent.resources.mappings import FileTable
@@ -83,9 +87,62 @@ def test_what_differs_is_never_overwritten(file: FileRef, copy_files: bool) -> N
     assert files.missing([file]) == []
 
 
-def test_only_the_size_counts_where_there_is_no_digest(file: FileRef) -> None:
+def test_without_a_digest_nothing_is_the_same(file: FileRef) -> None:
     Path(file.path).write_bytes(b"CONTENT")
-    assert files.compare(msgspec.structs.replace(file, digest=b""), False) is None
+    assert why(msgspec.structs.replace(file, digest=b"")) == ("file-differs", "same size, other content")
+
+
+def test_what_is_no_regular_file_is_not_opened(file: FileRef) -> None:
+    """Opening a device may do something."""
+    path = Path(file.path)
+    path.unlink()
+    os.mkfifo(path)
+    with watching(path) as opened:
+        for look in (files.compare, files.compare_opened):
+            found = look(msgspec.structs.replace(file, identity=(1, 2)), False)
+            assert found is not None and found.why == "it is no regular file there"
+        assert not opened()
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        assert opened()
+
+
+@contextlib.contextmanager
+def watching(path: Path) -> Iterator[Callable[[], bool]]:
+    """Whether it has been opened since (inotify(7))."""
+    fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    assert libc.inotify_add_watch(fd, os.fsencode(path), 0x20) >= 0  # IN_OPEN
+
+    def opened() -> bool:
+        return bool(select.select([fd], [], [], 0)[0])
+
+    try:
+        yield opened
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away, and opens them all")
+def test_an_open_file_must_be_the_same_user_s(file: FileRef) -> None:
+    assert files.compare_opened(file, False) is None
+    os.chown(file.path, 64001, 64002)
+    blocker = files.compare_opened(file, False)
+    assert blocker is not None and blocker.kind == "file-owner"
+    assert blocker.why == "owner 0:0 on the source, 64001:64002 on the destination"
+    assert files.compare(file, False) is None, "mapped, it is only read"
+    os.chown(file.path, 0, 0)
+    os.chmod(file.path, 0o711)
+    blocker = files.compare_opened(file, False)
+    assert blocker is not None and blocker.why == "mode 0751 on the source, 0711 on the destination"
+    os.chmod(file.path, 0o777)
+    assert files.compare_opened(file, False) is None
+
+
+def test_a_file_that_was_replaced_is_not_sent(file: FileRef, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"content")
+    Path(file.path).unlink()
+    Path(file.path).symlink_to(tmp_path / "secret")
+    with pytest.raises(Unmovable, match="was replaced"):
+        list(files.read_chunks(file))
 
 
 def test_programs_are_told_apart_by_their_build_ids(tmp_path: Path) -> None:
@@ -193,7 +250,7 @@ def test_an_open_file_of_a_shared_file_system_may_differ_by_now(file: FileRef) -
 def test_copying(file: FileRef, tmp_path: Path) -> None:
     there = msgspec.structs.replace(file, path=str(tmp_path / "some" / "where" / "copy"))
     incoming = IncomingFile(there)
-    for part in files.read_chunks(file.path):
+    for part in files.read_chunks(file):
         incoming.write(part)
     assert not Path(there.path).exists(), "it has its name when it is whole"
     incoming.finish()

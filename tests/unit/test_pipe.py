@@ -14,6 +14,7 @@ from unit.children import forked
 from unit.descriptor_case import Make, captured_here, status_flags
 
 from agent import kinds
+from agent.descriptors import Refusal
 from agent.resources import pipe
 
 
@@ -155,3 +156,51 @@ def test_pipes_of_others_and_packet_pipes_are_refused(make: Make) -> None:
         assert blocker.kind == "external-pipe" and f"pid {other}" in blocker.why
     os.close(reading)
     os.close(writing)
+
+
+def test_a_fifo_that_nobody_spoke_of_is_not_made(make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    case = make(lambda: [os.open(path, os.O_RDWR)])
+    captured = case.capture()
+    path.unlink()
+    case.context.fifos.clear()
+    with pytest.raises(FileNotFoundError):
+        case.rebuild(captured)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_fifo_is_its_owner_s(make: Make, tmp_path: Path) -> None:
+    """Made again, it is; and one of another user's is not opened, whatever leads to it."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    os.chown(path, 64001, 64002)
+    case = make(lambda: [os.open(path, os.O_RDWR)])
+    captured, offered = case.capture(), pipe.fifo(case.files()[0])
+    assert offered is not None
+    path.unlink()
+    case.rebuild(captured)
+    assert (path.stat().st_uid, path.stat().st_gid) == (64001, 64002)
+    assert pipe.compare(offered) is None
+    os.rename(path, tmp_path / "other")
+    os.chown(tmp_path / "other", 0, 0)
+    path.symlink_to(tmp_path / "other")
+    blocker = pipe.compare(offered)
+    assert blocker is not None and blocker.kind == "file-owner"
+    with pytest.raises(Refusal, match="owner 64001:64002 on the source, 0:0"):
+        case.rebuild(captured)
+
+
+def test_what_stands_in_the_way_of_a_fifo(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    one = pipe.Fifo(str(path), 0o600, (os.getuid(), os.getgid()))
+    assert pipe.compare(one) is None
+    path.write_text("")
+    blocker = pipe.compare(one)
+    assert blocker is not None and blocker.why == "it is no FIFO there"
+    blocker = pipe.compare(pipe.Fifo(str(tmp_path / "no" / "where"), 0o600, (0, 0)))
+    assert blocker is not None and blocker.kind == "directory-missing"
+    tmp_path.chmod(0o755)
+    blocker = pipe.compare(pipe.Fifo(str(tmp_path / "absent"), 0o600, (64001, 64001)))
+    assert blocker is not None and "is not a directory of user 64001" in blocker.why

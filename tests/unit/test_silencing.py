@@ -130,7 +130,7 @@ def fired_in_a_child(opener: Callable[[], Opened], kept: list[object], extra: in
 
 def captured(case: Case) -> list[Descriptor]:
     """All of it; and the child, which may have a port that is needed, ends."""
-    made = [kinds.capture(f, case.process) for f in case.files()]
+    made = [case.capture(index) for index in range(len(case.numbers))]
     case.process.forget_duplicates()
     case.end()
     return made

@@ -32,7 +32,6 @@ NR_setitimer: Final = 38
 NR_close: Final = 3
 NR_recvmsg: Final = 47
 NR_exit: Final = 60
-NR_kill: Final = 62
 NR_fcntl: Final = 72
 NR_umask: Final = 95
 NR_setgroups: Final = 116

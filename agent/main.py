@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from agent import version as versions
 from agent.api import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from agent.server.access import Users
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,7 +26,21 @@ def main() -> None:
 )
 @click.option("--verbose", "-v", count=True, help="Log what engines and agents say, not only states.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True)
-def serve(idle_exit: float | None, verbose: int, log_format: str) -> None:
+@click.option("--group", metavar="NAME", help="Let this group's members use it for processes of their own.")
+@click.option(
+    "--allow-destination", multiple=True, metavar="HOST", help="Where they may move to; repeatable."
+)
+@click.option(
+    "--allow-address", multiple=True, metavar="ADDRESS", help="Which addresses may move along; repeatable."
+)
+def serve(
+    idle_exit: float | None,
+    verbose: int,
+    log_format: str,
+    group: str | None,
+    allow_destination: tuple[str, ...],
+    allow_address: tuple[str, ...],
+) -> None:
     """Be this host's service: an HTTP API on a unix socket, see `GET /v1/openapi.json` there.
 
     The socket is /run/migrate/agent.sock, records are in /var/lib/migrate, of root; MIGRATE_AGENT_SOCKET and
@@ -32,9 +49,37 @@ def serve(idle_exit: float | None, verbose: int, log_format: str) -> None:
     from agent import launch
     from agent.server import log, places, service
 
+    users = _users(group, allow_destination, allow_address)
     log.set_up(verbose, log_format)
     program = launch.module("agent.main")
-    sys.exit(service.run(service.Settings(places=places.default(), program=program, idle_exit=idle_exit)))
+    settings = service.Settings(places=places.default(), program=program, idle_exit=idle_exit, users=users)
+    sys.exit(service.run(settings))
+
+
+def _users(group: str | None, destinations: tuple[str, ...], addresses: tuple[str, ...]) -> Users | None:
+    """What is allowed to whom; UsageError."""
+    import grp
+    import ipaddress
+
+    from agent.server.access import Users
+    from transport.target import parse_host
+
+    if group is None:
+        if destinations or addresses:
+            raise click.UsageError("--allow-destination and --allow-address are for a --group")
+        return None
+    if os.geteuid() != 0:
+        raise click.UsageError("--group: only root's service can be for others")
+    try:
+        for destination in destinations:
+            parse_host(destination)
+        for address in addresses:
+            ipaddress.ip_address(address)
+        return Users(gid=grp.getgrnam(group).gr_gid, destinations=destinations, addresses=addresses)
+    except KeyError:
+        raise click.UsageError(f"--group: there is no group {group!r}") from None
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 @main.command()
@@ -62,14 +107,19 @@ def source(name: str | None) -> None:
     """
     import asyncio
 
+    from agent import privileges
     from agent.front import serve
 
+    privileges.enter(privileges.FRONT)
     sys.exit(asyncio.run(serve(0, 1, name=name)))
 
 
 @main.command()
 def destination() -> None:
     """Receive a process: binary frames on standard input and output."""
+    from agent import privileges
+
+    privileges.enter(privileges.DESTINATION)
     reading, writing = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -87,14 +137,16 @@ def destination() -> None:
 @click.option(
     "--measure/--no-measure", default=True, help="Watch each process for a moment to tell its dirty rate."
 )
-def ps(measure: bool) -> None:
+@click.option("--owner", type=click.IntRange(0), metavar="UID", help="Only what is wholly this user's.")
+def ps(measure: bool, owner: int | None) -> None:
     """The processes of this host: one ProcessInfo as JSON a line."""
     import msgspec
 
-    from agent import inventory
+    from agent import inventory, privileges
 
+    privileges.enter(privileges.ENGINE)
     encoder = msgspec.json.Encoder()
-    for info in inventory.processes(measure):
+    for info in inventory.processes(measure, owner):
         sys.stdout.buffer.write(encoder.encode(info) + b"\n")
         sys.stdout.buffer.flush()
 
@@ -114,7 +166,9 @@ def cleanup(pid: int, resume: bool) -> None:
     or after being in doubt.
     """
     from agent import cleanup as cleaning
+    from agent import privileges
 
+    privileges.enter(privileges.ENGINE)
     sys.exit(cleaning.run(pid, resume=resume))
 
 
@@ -132,8 +186,9 @@ def recover(migration: str, live: Literal["source", "destination"] | None) -> No
     copy here is killed. Agents do this by themselves. Exits with 75 while it is in doubt or an agent works
     on it.
     """
-    from agent import recovery
+    from agent import privileges, recovery
 
+    privileges.enter(privileges.ENGINE)
     sys.exit(recovery.main(migration, live))
 
 
@@ -146,8 +201,10 @@ def settle(migration: str, boot: str) -> None:
     The source's agent runs this over SSH when it has lost the link. A shadow that was not committed is
     removed.
     """
+    from agent import privileges
     from agent import settle as settling
 
+    privileges.leave_starting(privileges.DESTINATION)
     sys.exit(settling.main(migration, boot))
 
 

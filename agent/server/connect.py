@@ -26,7 +26,7 @@ from typing import Final
 import msgspec
 
 from agent.api import Connected, Health
-from agent.server.places import Places, UnsafeDirectory, make_private, open_log
+from agent.server.places import Places, UnsafeDirectory, is_of_root, make_private, open_log
 
 MARK: Final = b"migrate-agent connected "
 EXIT_FAILED: Final = 1
@@ -68,6 +68,11 @@ def reached_at() -> str | None:
 
 def find(places: Places, service: list[str], environment: dict[str, str]) -> tuple[socket.socket, Health]:
     """A connection on which the service has answered; CannotConnect."""
+    if is_of_root(places.socket.parent):  # not ours to start
+        found = _answering(places)
+        if found is None:
+            raise CannotConnect(f"root's service does not answer at {places.socket}: root has to start it")
+        return found
     try:
         make_private(places.socket.parent)
     except (OSError, UnsafeDirectory) as error:

@@ -21,6 +21,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # The kinds of error that the service itself answers with; those of a check come from the engine and the link.
 KINDS: Final = {
     400: "bad-request",
+    403: "forbidden",
     404: "not-found",
     405: "method-not-allowed",
     409: "conflict",

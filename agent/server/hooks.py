@@ -145,7 +145,7 @@ ROUTES: Final = (
         "Which processes of this host are meant; `why` there are none, if there are none.",
         body=Select,
         answer=Selection,
-        errors=(400, 413),
+        errors=(400, 403, 413),
     ),
     Route(
         "POST",
@@ -159,7 +159,7 @@ ROUTES: Final = (
         body=Drain,
         answer=DrainReport,
         stream=DrainEvent,
-        errors=(400, 409, 413),
+        errors=(400, 403, 409, 413),
     ),
     Route(
         "POST",
@@ -171,6 +171,6 @@ ROUTES: Final = (
         "409 if there is none.",
         status=202,
         answer=DrainReport,
-        errors=(409,),
+        errors=(403, 409),
     ),
 )

@@ -11,6 +11,7 @@ import msgspec
 
 SOCKET_VARIABLE: Final = "MIGRATE_AGENT_SOCKET"
 STATE_VARIABLE: Final = "MIGRATE_AGENT_STATE"
+HOST_SOCKET: Final = Path("/run/migrate/agent.sock")
 RUNTIME_VARIABLE: Final = "MIGRATE_AGENT_RUNTIME"
 LOG_BYTES: Final = 1 << 20  # then the log of services on demand begins anew, the old one is kept
 
@@ -39,9 +40,32 @@ class Places(msgspec.Struct, frozen=True):
 
 
 def default() -> Places:
-    """Root's are the host's, anybody else's are their own; both can be named in the environment."""
-    socket = os.environ.get(SOCKET_VARIABLE) or runtime() / "agent.sock"
-    return Places(Path(socket), Path(os.environ.get(STATE_VARIABLE) or _state()))
+    """Root's are the host's, anybody else's are their own; both can be named in the environment.
+
+    Whom root's service lets in (`serve --group`) uses that.
+    """
+    let_in = RUNTIME_VARIABLE not in os.environ and os.access(HOST_SOCKET, os.W_OK)
+    socket = HOST_SOCKET if let_in else runtime() / HOST_SOCKET.name
+    named = os.environ.get(SOCKET_VARIABLE) or socket
+    return Places(Path(named), Path(os.environ.get(STATE_VARIABLE) or _state()))
+
+
+def is_of_root(directory: Path) -> bool:
+    """Whether it is root's, we are not, and nobody else can put anything there."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    safe = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o022
+    return safe and found.st_uid == 0 != os.geteuid()
+
+
+def open_to_group(directory: Path, gid: int) -> None:
+    """Let the members of a group pass through a directory that is not open to all; OSError."""
+    mode = stat.S_IMODE(directory.stat().st_mode)
+    if not mode & 0o001:
+        os.chown(directory, -1, gid)
+        directory.chmod(mode | 0o010)
 
 
 def runtime() -> Path:

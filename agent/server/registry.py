@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import platform
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import msgspec
@@ -81,10 +83,13 @@ class Registry:
         self._begin(front.run()).add_done_callback(lambda _: stream.end())
         return front, stream
 
-    def get(self, id: str) -> MigrationRecord:
-        """KeyError."""
+    def get(self, id: str, owner: int | None = None) -> MigrationRecord:
+        """KeyError, also if it is not `owner`'s (None: anybody's)."""
         running = self._running.get(id)
-        return running.record if running is not None else self._stored(id).record
+        record = running.record if running is not None else self._stored(id).record
+        if owner is not None and record.request.owner != owner:
+            raise KeyError(id)
+        return record
 
     def abort(self, id: str, reason: str) -> MigrationRecord:
         """Ask for its end; KeyError, Conflict if that is not possible any more."""
@@ -138,19 +143,18 @@ class Registry:
         async for line in running.watch(start):
             yield line
 
-    def page(self, limit: int, before: str | None) -> MigrationList:
-        """At most `limit`, the newest first, of those older than `before`."""
+    def page(self, limit: int, before: str | None, owner: int | None = None) -> MigrationList:
+        """At most `limit`, the newest first, of those older than `before`; if given, only `owner`'s."""
         ids = sorted({*self._store.ids(), *self._running}, reverse=True)
-        if before is not None:
-            ids = [id for id in ids if id < before]
-        records = []
-        for id in ids[:limit]:
-            try:
-                records.append(self.get(id))
-            except KeyError:
-                continue
-        more = ids[limit - 1] if len(ids) > limit else None
-        return MigrationList(migrations=tuple(records), next=more)
+        records = list(itertools.islice(self._records(ids, before, owner), limit + 1))
+        more = records[limit - 1].id if len(records) > limit else None
+        return MigrationList(migrations=tuple(records[:limit]), next=more)
+
+    def _records(self, ids: list[str], before: str | None, owner: int | None) -> Iterator[MigrationRecord]:
+        for id in ids:
+            if before is None or id < before:
+                with contextlib.suppress(KeyError):
+                    yield self.get(id, owner)
 
     async def close(self, reason: str) -> None:
         """Give up everything that runs and wait until it has ended: rolled back, or committed and done."""

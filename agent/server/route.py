@@ -40,6 +40,7 @@ class Route(msgspec.Struct, frozen=True):
     body: Any = None
     parameters: tuple[Parameter, ...] = ()
     errors: tuple[int, ...] = ()
+    everyone: bool = False  # not only root: the handler asks `access` whose the thing is
 
 
 def answer_json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -29,7 +29,8 @@ from agent.api import (
     Resolve,
 )
 from agent.front import BadRequest, validate
-from agent.server import hooks
+from agent.server import access, hooks
+from agent.server.access import Users
 from agent.server.failures import Failed, as_json
 from agent.server.registry import Registry
 from agent.server.route import REGISTRY, Parameter, Route, answer_json, answer_lines, wants_lines
@@ -40,12 +41,16 @@ MAX_BODY: Final = 1 << 20
 MAX_LIMIT: Final = 200
 _TRUTH: Final = {"1": True, "true": True, "0": False, "false": False}
 
-def application(registry: Registry) -> web.Application:
+
+def application(registry: Registry, users: Users | None = None) -> web.Application:
+    """`users`: what those may who are not root, where the socket lets them in."""
     app = web.Application(middlewares=[as_json], client_max_size=MAX_BODY)
     app[REGISTRY] = registry
+    app[access.USERS] = users or Users(gid=-1)
     app[hooks.DRAINS] = hooks.Drains()
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, route.handler)
+        handler = route.handler if route.everyone else access.only_privileged(route.handler)
+        app.router.add_route(route.method, route.path, handler)
     return app
 
 
@@ -72,8 +77,10 @@ async def processes(request: web.Request) -> web.Response:
     measure = _choice(request, "measure", _TRUTH, True)
     argv, environment = request.app[REGISTRY].program
     said: list[str] = []
-    option = "--measure" if measure else "--no-measure"
-    process = await run_local([*argv, "ps", option], environment, said.append)
+    options = ["--measure" if measure else "--no-measure"]
+    if (uid := access.caller(request)) is not None:
+        options += ["--owner", str(uid)]
+    process = await run_local([*argv, "ps", *options], environment, said.append)
     try:
         lines = [line async for line in process.lines()]
         end = await process.wait()
@@ -117,15 +124,16 @@ async def migrations(request: web.Request) -> web.Response:
     before = request.query.get("before")
     if before is not None and not ID.fullmatch(before):
         raise BadRequest(f"before: {before!r} is not the name of a migration")
-    return answer_json(request.app[REGISTRY].page(limit, before))
+    return answer_json(request.app[REGISTRY].page(limit, before, access.caller(request)))
 
 
 async def migration(request: web.Request) -> web.Response:
-    return answer_json(request.app[REGISTRY].get(_id(request)))
+    return answer_json(_record(request))
 
 
 async def abort(request: web.Request) -> web.Response:
-    return answer_json(request.app[REGISTRY].abort(_id(request), "aborted by request"), 202)
+    record = _record(request)
+    return answer_json(request.app[REGISTRY].abort(record.id, "aborted by request"), 202)
 
 
 async def resolve(request: web.Request) -> web.Response:
@@ -137,10 +145,14 @@ async def resolve(request: web.Request) -> web.Response:
 
 
 async def events(request: web.Request) -> web.StreamResponse:
-    registry, id = request.app[REGISTRY], _id(request)
     start = _number(request, "from", 0, 0, 1 << 31)
-    registry.get(id)  # now, while there can be another answer than a stream
-    return await answer_lines(request, registry.events(id, start))
+    record = _record(request)  # now, while there can be another answer than a stream
+    return await answer_lines(request, request.app[REGISTRY].events(record.id, start))
+
+
+def _record(request: web.Request) -> MigrationRecord:
+    """The migration that is meant; KeyError if there is none, or it is somebody else's."""
+    return request.app[REGISTRY].get(_id(request), access.caller(request))
 
 
 def _id(request: web.Request) -> str:
@@ -153,14 +165,14 @@ def _id(request: web.Request) -> str:
 async def _request(request: web.Request, operation: str) -> Request:
     try:
         wanted = msgspec.json.decode(await request.read(), type=Request)
-        if wanted.reached_at is not None:
-            ipaddress.ip_address(wanted.reached_at)
+        for address in (*(wanted.options.addresses or ()), wanted.reached_at or "::"):
+            ipaddress.ip_address(address)
     except ValueError as error:  # msgspec's too
         raise BadRequest(f"not a request: {error}") from None
     validate(wanted)
     if wanted.operation != operation:
         raise BadRequest(f"{request.path} is for {operation!r}, not for {wanted.operation!r}")
-    return wanted
+    return access.permitted(request, wanted)
 
 
 def _number(request: web.Request, name: str, default: int, low: int, high: int) -> int:
@@ -181,8 +193,8 @@ _ID = Parameter(
     "id", "path", {"type": "string", "pattern": f"^{ID.pattern}$"}, "The name of a migration, a ULID."
 )
 ROUTES: Final = (
-    Route("GET", "/v1/health", health, "Who answers, and how much is going on.", answer=Health),
-    Route("GET", "/v1/openapi.json", document, "This document.", answer=dict[str, Any]),
+    Route("GET", "/v1/health", health, "Who answers, how much is going on.", answer=Health, everyone=True),
+    Route("GET", "/v1/openapi.json", document, "This document.", answer=dict[str, Any], everyone=True),
     Route(
         "GET",
         "/v1/processes",
@@ -199,6 +211,7 @@ ROUTES: Final = (
         ),
         answer=list[ProcessInfo],
         errors=(400, 500),
+        everyone=True,
     ),
     Route(
         "POST",
@@ -210,7 +223,8 @@ ROUTES: Final = (
         body=Request,
         answer=CheckResult,
         stream=Event,
-        errors=(400, 413, 502, 503),
+        errors=(400, 403, 413, 502, 503),
+        everyone=True,
     ),
     Route(
         "POST",
@@ -222,7 +236,8 @@ ROUTES: Final = (
         status=201,
         body=Request,
         answer=MigrationRecord,
-        errors=(400, 409, 413, 503),
+        errors=(400, 403, 409, 413, 503),
+        everyone=True,
     ),
     Route(
         "GET",
@@ -240,6 +255,7 @@ ROUTES: Final = (
         ),
         answer=MigrationList,
         errors=(400,),
+        everyone=True,
     ),
     Route(
         "GET",
@@ -249,6 +265,7 @@ ROUTES: Final = (
         parameters=(_ID,),
         answer=MigrationRecord,
         errors=(400, 404),
+        everyone=True,
     ),
     Route(
         "POST",
@@ -260,6 +277,7 @@ ROUTES: Final = (
         parameters=(_ID,),
         answer=MigrationRecord,
         errors=(400, 404, 409),
+        everyone=True,
     ),
     Route(
         "POST",
@@ -270,7 +288,7 @@ ROUTES: Final = (
         parameters=(_ID,),
         body=Resolve,
         answer=MigrationRecord,
-        errors=(400, 404, 409, 413),
+        errors=(400, 403, 404, 409, 413),
     ),
     Route(
         "GET",
@@ -291,6 +309,7 @@ ROUTES: Final = (
         ),
         stream=Event,
         errors=(400, 404),
+        everyone=True,
     ),
     *hooks.ROUTES,
 )

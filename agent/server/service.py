@@ -25,11 +25,13 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
+from agent import privileges
 from agent.server import log
+from agent.server.access import Users
 from agent.server.connect import EXIT_LOCKED
 from agent.server.front import Program
 from agent.server.migration import DESERTED_AFTER
-from agent.server.places import Places, UnsafeDirectory, make_private
+from agent.server.places import Places, UnsafeDirectory, make_private, open_to_group
 from agent.server.recoveries import Recoveries
 from agent.server.registry import Registry
 from agent.server.routes import application
@@ -43,12 +45,13 @@ _log = logging.getLogger(__name__)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How a service behaves. `program`: what is `migrate-agent` here."""
+    """How a service behaves. `program`: what is `migrate-agent` here; `users`: who else may use root's."""
 
     places: Places
     program: Program
     idle_exit: float | None = None  # seconds; None: stay
     deserted_after: float = DESERTED_AFTER
+    users: Users | None = None
 
 
 class AlreadyRunning(Exception):
@@ -60,6 +63,8 @@ def run(settings: Settings) -> int:
     os.umask(0o077)
     try:
         make_private(settings.places.socket.parent)
+        if settings.users is not None:
+            open_to_group(settings.places.socket.parent, settings.users.gid)
         with _lock(settings.places) as forget:
             asyncio.run(_serve(settings, forget))
     except AlreadyRunning as error:
@@ -102,12 +107,14 @@ def _take_lock(places: Places) -> int:
         os.close(fd)  # the one before us has removed it: what it locked is nobody's way in
 
 
-def _bind(places: Places) -> socket.socket:
-    """The socket, ours alone; one that a killed service left is removed."""
+def _bind(places: Places, users: Users | None) -> socket.socket:
+    """The socket, ours and the group's alone; one that a killed service left is removed."""
     places.socket.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(str(places.socket))
-    places.socket.chmod(0o600)
+    if users is not None:
+        os.chown(places.socket, -1, users.gid)
+    places.socket.chmod(0o600 if users is None else 0o660)
     return listening
 
 
@@ -117,7 +124,7 @@ async def _serve(settings: Settings, forget: Callable[[], None]) -> None:
     )
     # a handler is cancelled when its client goes: that is how a check ends, and how a reader is missed
     runner = web.AppRunner(
-        application(registry),
+        application(registry, settings.users),
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=SHUTDOWN_TIMEOUT,
@@ -126,10 +133,11 @@ async def _serve(settings: Settings, forget: Callable[[], None]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    site = web.SockSite(runner, _bind(settings.places), backlog=BACKLOG)
+    site = web.SockSite(runner, _bind(settings.places, settings.users), backlog=BACKLOG)
     recoveries = Recoveries(registry)
     recovering = asyncio.create_task(recoveries.run())
     try:
+        privileges.enter(privileges.SERVICE)
         await site.start()
         _log.info("serving at %s", settings.places.socket)
         await _until_over(settings, runner, lambda: registry.busy or recoveries.waiting, stop)

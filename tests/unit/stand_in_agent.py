@@ -40,6 +40,7 @@ PROCESS = {
 }
 IDLE_EXIT = "STAND_IN_IDLE_EXIT"  # seconds until the service ends that nobody uses
 DESERTED_AFTER = "STAND_IN_DESERTED_AFTER"
+USERS = "STAND_IN_USERS"  # JSON: what `serve --group` and its companions say
 
 
 def say(**event: Any) -> None:
@@ -74,8 +75,9 @@ def connect(scenario: str) -> int:
 
 
 def serve(scenario: str) -> int:
-    from agent.server import log, places, service
+    from agent.server import access, log, places, service
 
+    users = json.loads(os.environ.get(USERS, "null"))
     log.set_up(2, "text")
     return service.run(
         service.Settings(
@@ -83,6 +85,7 @@ def serve(scenario: str) -> int:
             program=program(scenario),
             idle_exit=float(os.environ.get(IDLE_EXIT, "0.4")),
             deserted_after=float(os.environ.get(DESERTED_AFTER, "0.4")),
+            users=None if users is None else access.Users(**users),
         )
     )
 
@@ -127,8 +130,8 @@ def until_aborted(scenario: str) -> int:
 
 
 def ps(scenario: str) -> int:
-    print(json.dumps(PROCESS))
-    return 0 if scenario == "ps" else 4
+    print(json.dumps({**PROCESS, "command": " ".join(sys.argv[3:])} if scenario == "ps-options" else PROCESS))
+    return 0 if scenario.startswith("ps") and scenario != "ps-fails" else 4
 
 
 if __name__ == "__main__":

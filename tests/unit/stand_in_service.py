@@ -61,7 +61,12 @@ class Service:
 
     @classmethod
     def playing(
-        cls, scenario: str, here: Path, idle_exit: float = 300.0, deserted_after: float = 300.0
+        cls,
+        scenario: str,
+        here: Path,
+        idle_exit: float = 300.0,
+        deserted_after: float = 300.0,
+        environment: dict[str, str] | None = None,
     ) -> Self:
         return cls(
             here,
@@ -69,6 +74,7 @@ class Service:
             STAND_IN_IDLE_EXIT=str(idle_exit),
             STAND_IN_DESERTED_AFTER=str(deserted_after),
             PYTHONPATH=str(STAND_IN.parents[2]),
+            **(environment or {}),
         )
 
     def start(self) -> subprocess.Popen[str]:

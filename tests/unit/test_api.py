@@ -28,7 +28,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts services; each has ended in order when the test is over."""
     running: list[Service] = []
 
-    def started(scenario: str, **options: float) -> Service:
+    def started(scenario: str, **options: Any) -> Service:
         running.append(Service.playing(scenario, tmp_path / str(len(running)), **options))
         return running[-1]
 

@@ -76,6 +76,8 @@ PLANNED: Final = {
 # what only the run can tell, in words
 AT_RUN_TIME: Final = {
     "address-primary": "the host itself needs it: a route, or a whole network, goes with it",
+    "file-owner": "its owner or mode there is another: its descriptor could give more than it did",
+    "not-owned": "a user asked for it, and it is not wholly that user's",
     "file-differs": "its size, build id or content is another there, or it is no regular file that opens",
 }
 PLANS: Final = {kind: plan for plan, found in PLANNED.items() for kind in found}
@@ -239,7 +241,7 @@ def _expanded(refusal: Refusal) -> Iterable[Refusal]:
 
 def _file(**said: Any) -> OpenFile:
     plain: dict[str, Any] = {"numbers": ((3, False),), "link": "", "flags": 0, "position": 0, "mode": 0}
-    plain |= {"device": 0, "inode": 0, "size": 0, "links": 1, "info": []}
+    plain |= {"device": 0, "inode": 0, "size": 0, "links": 1, "owner": (0, 0), "info": []}
     return OpenFile(**plain | said)
 
 

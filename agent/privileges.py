@@ -27,7 +27,7 @@ class Role(msgspec.Struct, frozen=True):
 ENGINE: Final = Role(
     frozenset({"SYS_PTRACE", "SYS_ADMIN", "NET_ADMIN", "NET_RAW", "KILL", "DAC_OVERRIDE", "SYS_RESOURCE"})
 )
-FRONT: Final = Role(frozenset({"DAC_OVERRIDE", "SYS_PTRACE"}), ENGINE.own)
+FRONT: Final = Role(frozenset({"DAC_OVERRIDE", "SYS_PTRACE"}), ENGINE.own | {"SETUID", "SETGID"})
 SERVICE: Final = Role(frozenset({"DAC_READ_SEARCH", "SYS_PTRACE"}), FRONT.own | FRONT.starts)
 DESTINATION: Final = Role(
     frozenset(

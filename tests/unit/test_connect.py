@@ -14,7 +14,15 @@ import pytest
 from unit.stand_in_service import DEADLINE, STAND_IN, Service, until
 
 from agent.server.connect import EXIT_LOCKED, MARK
-from agent.server.places import LOG_BYTES, SOCKET_VARIABLE, STATE_VARIABLE, Places, default, open_log
+from agent.server.places import (
+    LOG_BYTES,
+    RUNTIME_VARIABLE,
+    SOCKET_VARIABLE,
+    STATE_VARIABLE,
+    Places,
+    default,
+    open_log,
+)
 
 ASK = b"GET /v1/health HTTP/1.1\r\nHost: agent\r\n\r\n"
 
@@ -202,9 +210,11 @@ def test_a_log_does_not_grow_for_ever(tmp_path: Path) -> None:
     assert {file.name for file in places.state.iterdir()} == {"agent.log", "agent.log.old"}
 
 
-def test_where_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (SOCKET_VARIABLE, STATE_VARIABLE, "XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
+def test_where_things_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in (SOCKET_VARIABLE, STATE_VARIABLE, RUNTIME_VARIABLE, "XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    of_root = tmp_path / "agent.sock"
+    monkeypatch.setattr("agent.server.places.HOST_SOCKET", of_root)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert default() == Places(Path("/run/migrate/agent.sock"), Path("/var/lib/migrate"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -212,5 +222,7 @@ def test_where_things_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default() == Places(Path("/tmp/migrate-1000/agent.sock"), Path("/home/me/.local/state/migrate"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     assert default().socket == Path("/run/user/1000/migrate/agent.sock")
+    of_root.touch()  # it lets us in
+    assert default().socket == of_root
     monkeypatch.setenv(SOCKET_VARIABLE, "/else/where")
     assert default().socket == Path("/else/where")

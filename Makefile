@@ -8,7 +8,7 @@ INSTALLED     := $(VENV)/.installed
 PYTEST        := $(BIN)/python -m pytest
 
 .PHONY: help setup provision lint types programs test-unit test-model test-e2e test-faults test-kernel test test-all faults \
-        demo bench bench-docs clean
+        fuzz demo bench bench-docs clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ test-all: test test-kernel faults ## the same with every test at full length, an
 faults: setup programs ## move a process to and fro, with a fault in each move (as root)
 	PYTHONPATH=tests $(BIN)/python -m faults $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(MATRIX),--matrix) $(foreach name,$(ONLY),--only '$(name)')
+
+# make fuzz MINUTES=5 ONLY="stream message": what it finds, and the inputs that lead on, stay in build/fuzz
+fuzz: setup ## feed every decoder hostile input, 30 minutes in all: executions, crashes, peak allocation of each
+	PYTHONPATH=tests nice $(BIN)/python -m fuzz.campaign --minutes $(or $(MINUTES),30) $(foreach name,$(ONLY),--only $(name))
 
 demo: setup programs ## move a real redis-server under load between two hosts, and show the report
 	tests/demo/demo

@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import enum
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
+
+from agent.bounds import U63 as Count
+from agent.bounds import Finite, PathText, Pid, Word
 
 PROTOCOL_VERSION = 2
+
+Milliseconds = Annotated[float, Meta(ge=0, le=24 * 3600 * 1000)]
 
 
 class Outcome(enum.StrEnum):
@@ -29,22 +35,23 @@ class Outcome(enum.StrEnum):
 class SshOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How hosts are reached; what is not given comes from ssh_config and its defaults."""
 
-    identity: tuple[str, ...] = ()
-    config: tuple[str, ...] = ()
-    agent_command: str = "migrate-agent"
-    auth_socket: str | None = None  # ssh-agent's socket (SSH_AUTH_SOCK), a path on the source
+    identity: tuple[PathText, ...] = ()
+    config: tuple[PathText, ...] = ()
+    agent_command: PathText = "migrate-agent"
+    auth_socket: PathText | None = None  # ssh-agent's socket (SSH_AUTH_SOCK), a path on the source
 
 
 class MoveOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What may be chosen for one migration."""
 
-    downtime_limit_ms: float = 50.0
-    max_rounds: int = 30
-    freeze_timeout_ms: float = 2000.0
-    bandwidth: int | None = None  # bytes per second on the link during pre-copy; None: no limit
+    downtime_limit_ms: Milliseconds = 50.0
+    max_rounds: Annotated[int, Meta(ge=0, le=1_000_000)] = 30
+    freeze_timeout_ms: Milliseconds = 2000.0
+    # bytes per second on the link during pre-copy; None: no limit
+    bandwidth: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
     compression: Literal["zstd", "none"] = "zstd"
-    compression_level: int = -3  # zstd; negative ones are faster
-    addresses: tuple[str, ...] | None = None  # to take over; None: the service addresses its connections use
+    compression_level: Annotated[int, Meta(ge=-50, le=22)] = -3  # zstd; negative ones are faster
+    addresses: tuple[Word, ...] | None = None  # to take over; None: the service addresses its connections use
     verify: bool = False
     leave_stopped: bool = False
     copy_files: bool = False
@@ -54,14 +61,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """One check or move. `on_disconnect`: what becomes of a move that nobody watches any more."""
 
     operation: Literal["check", "move"]
-    pid: int
-    destination: str  # [user@]host[:port], as seen from the source
+    pid: Pid
+    destination: Annotated[str, Meta(max_length=4096)]  # [user@]host[:port], as seen from the source
     options: MoveOptions = MoveOptions()
     ssh: SshOptions = SshOptions()
     on_disconnect: Literal["abort", "continue"] = "abort"
-    reached_at: str | None = None  # the source's address that the tool came by: it must not move
-    owner: int | None = None  # user id: only if it is wholly theirs; the service says so for who is not root
-    version: int = PROTOCOL_VERSION
+    reached_at: Word | None = None  # the source's address that the tool came by: it must not move
+    owner: Count | None = None  # user id: only if it is wholly theirs; the service says so of all but root
+    version: Count = PROTOCOL_VERSION
 
 
 class Blocker(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,25 +96,25 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Round(msgspec.Struct, frozen=True, kw_only=True):
     """One pass of pre-copy. The last entry of a report's list is the freeze's."""
 
-    number: int
-    pages_sent: int
-    pages_discarded: int
-    bytes: int  # on the link
-    seconds: float
-    dirty_rate: float  # bytes per second that the process wrote while the round before ran
+    number: Count
+    pages_sent: Count
+    pages_discarded: Count
+    bytes: Count  # on the link
+    seconds: Finite
+    dirty_rate: Finite  # bytes per second that the process wrote while the round before ran
 
 
 class Phase(msgspec.Struct, frozen=True, kw_only=True):
     """One step inside the pause."""
 
     name: str
-    ms: float
+    ms: Finite
     where: Literal["source", "destination"]
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     host: str
-    pid: int | None = None
+    pid: Count | None = None
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,15 +123,15 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Outcome
     source: Endpoint
     destination: Endpoint
-    pause_ms: float | None = None  # source frozen -> destination running
-    longest_stop_ms: float | None = None  # the longest stop before the freeze
-    total_s: float = 0.0
-    memory_bytes: int = 0
-    bytes_sent: int = 0
+    pause_ms: Finite | None = None  # source frozen -> destination running
+    longest_stop_ms: Finite | None = None  # the longest stop before the freeze
+    total_s: Finite = 0.0
+    memory_bytes: Count = 0
+    bytes_sent: Count = 0
     rounds: tuple[Round, ...] = ()
     phases: tuple[Phase, ...] = ()
     address_moved: tuple[str, ...] = ()
-    verified_pages: int | None = None
+    verified_pages: Count | None = None
     blockers: tuple[Blocker, ...] = ()
     notices: tuple[Notice, ...] = ()
     error: ErrorInfo | None = None
@@ -136,11 +143,11 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
     source: Endpoint
     destination: Endpoint
     command: str
-    memory_bytes: int
-    threads: int
-    mappings: int
-    descriptors: int
-    connections: int
+    memory_bytes: Count
+    threads: Count
+    mappings: Count
+    descriptors: Count
+    connections: Count
     dirty_tracking: str  # "userfaultfd", "soft-dirty", "none"
     addresses: tuple[str, ...] = ()
     blockers: tuple[Blocker, ...] = ()
@@ -150,13 +157,13 @@ class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
 class ProcessInfo(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `migrate ps`."""
 
-    pid: int
+    pid: Count
     command: str
     user: str
-    memory_bytes: int
-    threads: int
-    sockets: int
-    dirty_rate: float | None  # bytes per second; None: not measured
+    memory_bytes: Count
+    threads: Count
+    sockets: Count
+    dirty_rate: Finite | None  # bytes per second; None: not measured
     blockers: tuple[Blocker, ...]
 
 
@@ -173,18 +180,18 @@ class StateChanged(msgspec.Struct, frozen=True, kw_only=True, tag="state", tag_f
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress", tag_field="event"):
     """Some ten times a second during pre-copy."""
 
-    round: int
-    pages_done: int
-    pages_total: int
-    bytes_sent: int  # since the beginning, on the link
-    rate: float  # bytes of memory per second, now
-    estimated_pause_ms: float | None
+    round: Count
+    pages_done: Count
+    pages_total: Count
+    bytes_sent: Count  # since the beginning, on the link
+    rate: Finite  # bytes of memory per second, now
+    estimated_pause_ms: Finite | None
 
 
 class RoundFinished(msgspec.Struct, frozen=True, kw_only=True, tag="round", tag_field="event"):
     round: Round
-    remaining_pages: int
-    estimated_pause_ms: float
+    remaining_pages: Count
+    estimated_pause_ms: Finite
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True, tag="log", tag_field="event"):
@@ -213,10 +220,10 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     version: str
-    protocol: int
+    protocol: Count
     host: str
-    pid: int
-    running: int  # migrations
+    pid: Count
+    running: Count  # migrations
 
 
 class Connected(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,11 +12,13 @@ import functools
 import os
 import socket
 import stat
-from typing import Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from agent.api import Blocker
+from agent.bounds import MAX_DUPLICATES, U32, FileDescriptor, Word
 from agent.kernel import pidfd, procfs
 
 # open(2) flags that a description keeps and open(2) takes again
@@ -102,13 +104,6 @@ def not_agreed(what: str) -> Refusal:
     return Refusal("not-agreed", f"{what}: not part of what was agreed before the move")
 
 
-def checked_flags(flags: int) -> int:
-    """Open flags from the link, if nothing can be made or cut off with them; Refusal."""
-    if flags & ~REOPEN_FLAGS:
-        raise not_agreed(f"open flags {flags:#o}")
-    return flags
-
-
 class Rebuilding:
     """What rebuilding descriptions share: objects that several of them are ends of, by the source's inode."""
 
@@ -134,7 +129,10 @@ class Rebuilding:
 
 
 class Kind(Protocol):
-    """What a module under agent.resources offers for one kind of description."""
+    """What a module under agent.resources offers for one kind of description.
+
+    One whose State can be wrong where each field is right has `validate(state)` too: ValueError.
+    """
 
     State: type[msgspec.Struct]
 
@@ -147,9 +145,9 @@ class Kind(Protocol):
 class Descriptor(msgspec.Struct):
     """One rebuilt description and where the process wants it. `state` is the kind's, encoded."""
 
-    kind: str
-    numbers: tuple[tuple[int, bool], ...]
-    flags: int
+    kind: Word
+    numbers: Annotated[tuple[tuple[FileDescriptor, bool], ...], Meta(min_length=1, max_length=MAX_DUPLICATES)]
+    flags: U32
     state: msgspec.Raw
 
 

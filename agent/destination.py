@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from agent import inventory, journal, privileges, protocol
+from agent import checks, inventory, journal, privileges, protocol
 from agent.api import Blocker, Notice
 from agent.clocks import boottime_ns
 from agent.descriptors import Rebuilding, Refusal, not_agreed
@@ -151,8 +151,8 @@ class Incoming:
     def _answer(self, offer: protocol.Offer) -> None:
         _check_offer(offer)
         blockers: list[Blocker] = []
-        if offer.version != protocol.VERSION:
-            why = f"the source speaks version {offer.version}, this agent {protocol.VERSION}"
+        if not protocol.speaks(offer.version):
+            why = f"the source speaks version {offer.version}, this agent {protocol.spoken()}"
             blockers.append(
                 Blocker(kind="version", what="protocol", why=why, hint="install the same version on both")
             )
@@ -170,6 +170,8 @@ class Incoming:
         unshared = tuple(dict.fromkeys(f.path for f in wanted if not file_resource.shared(f)))
         self.link.send(
             protocol.Answer(
+                # one before ours wants to hear its own
+                version=offer.version if protocol.speaks(offer.version) else protocol.VERSION,
                 host=platform.node(),
                 blockers=tuple(blockers),
                 notices=tuple(_notices(offer)),
@@ -219,6 +221,7 @@ class Incoming:
         if self._refused:
             raise not_agreed("a process that was refused")
         offer = self._offer
+        checks.apart(message.layout, offer.specials)
         self.prepare_message = message
         reserved = [Mapping(s.start, s.end, 0) for s in offer.specials]
         seed_at = find_gap([message.layout, reserved], SCRATCH_SIZE, arch.MMAP_MIN, arch.TASK_SIZE)
@@ -264,6 +267,8 @@ class Incoming:
             self.files.append(file)
 
     def _layout(self, message: protocol.Layout) -> None:
+        assert self._offer is not None
+        checks.apart(message.mappings, self._offer.specials)
         self._built.follow(message.mappings, self.open_file)
 
     def open_file(self, index: int) -> int:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from agent import kinds, protocol
+from agent import checks, kinds, protocol
 from agent.api import Notice
 from agent.descriptors import Descriptor, Rebuilding
 from agent.kernel import ptrace
@@ -58,7 +58,9 @@ class Finish:
         self._xstate = ptrace.get_xstate(shadow.pid)
         self._scheduling = threads.scheduling(shadow.pid)
         self._executable = -1  # where the shadow has it open
+        self._to_come = set(state.tids) - {self._leader.tid}
         self._descriptors: list[Descriptor] = []
+        self._numbers: set[int] = set()  # theirs
         self._ours: list[int] = []  # the same, rebuilt
         self.notices: list[Notice] = []
 
@@ -68,6 +70,8 @@ class Finish:
 
     def begin(self) -> None:
         """Empty threads."""
+        if self._shadow.threads.get(self._leader.tid) != self._shadow.pid:
+            raise ProtocolError(f"another first thread than was offered: {self._leader.tid}")
         self._shadow.make_threads(self._state.tids)
         self._phases.mark("make threads")
 
@@ -75,6 +79,7 @@ class Finish:
         """Open files; with the last, all get their numbers, and the settings that need them are made."""
         if self._executable >= 0:
             raise ProtocolError("descriptors after the last ones")
+        checks.add_numbers(self._numbers, message.descriptors)
         self._context.elapsed_ns = max(0, time.monotonic_ns() + self._delta - message.captured_at)
         self._descriptors += message.descriptors
         self._ours += [kinds.rebuild(one, self._context) for one in message.descriptors]
@@ -99,14 +104,17 @@ class Finish:
                     os.close(fd)
             self._ours.clear()
         wanted = [d.numbers for d in self._descriptors]
-        taken = {number for group in wanted for number, _ in group}
-        place = max(taken, default=0) + 1
+        place = max(self._numbers, default=0) + 1
         self._shadow.place(received, [*wanted, ((place, True),)])
         add_fired_entries(self._shadow, self._descriptors)
         return place
 
     def threads(self, threads: list[ThreadState]) -> None:
         """All that these threads do for themselves, and their registers. The first one's turn is in `end`."""
+        for thread in threads:
+            if thread.tid not in self._to_come:
+                raise ProtocolError(f"thread {thread.tid}, which was not announced, or was here already")
+            self._to_come.remove(thread.tid)
         self._state.threads += threads
         self._run(threads)
         self._phases.mark("threads")
@@ -120,8 +128,8 @@ class Finish:
         state.memory.brk, state.lock_future = last.brk, last.lock_future
         if self._executable < 0:
             raise ProtocolError("the descriptors were not announced as complete")
-        if sorted(t.tid for t in state.threads) != sorted(state.tids):
-            raise ProtocolError(f"{len(state.threads)} threads where {len(state.tids)} were announced")
+        if self._to_come:
+            raise ProtocolError(f"{len(self._to_come)} of {len(state.tids)} threads did not come")
         _memory_map(shadow, state, self._executable)
         identity.restore_limits(shadow.pid, state.limits)  # after it: it may have more than it could get now
         self.notices += _oom_score(shadow, state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import platform
 import queue
@@ -30,12 +31,15 @@ from agent.api import (
     Report,
     Request,
 )
+from agent.bounds import MALFORMED
 from agent.server import places
 from agent.server.store import Store
 from agent.supervisor import Supervisor, handle_signals
-from transport.target import InvalidTarget, parse_host
+from transport.lines import LineBuffer
+from transport.target import parse_host
 
 MAX_WAITING: Final = 64  # events that wait for a slow reader before Progress is dropped
+MAX_LINE: Final = 4 << 20  # bytes of a request
 DRAIN_TIMEOUT: Final = 10.0
 EXIT_BAD_REQUEST: Final = 2
 
@@ -76,11 +80,10 @@ class EventWriter:
 
 
 def read_lines(fd: int) -> Iterator[bytes]:
-    """Whole lines from a descriptor until its end; nothing is read ahead of need."""
-    rest = b""
+    """Whole lines from a descriptor until its end; nothing is read ahead of need. LineTooLong, an OSError."""
+    lines = LineBuffer(MAX_LINE)
     while data := os.read(fd, 65536):
-        *lines, rest = (rest + data).split(b"\n")
-        yield from lines
+        yield from lines.feed(data)
 
 
 class Input:
@@ -108,10 +111,10 @@ class Input:
     def _on_line(self, line: bytes) -> None:
         if not self.request.done():
             try:
-                self.request.set_result(_parse(line))
+                self.request.set_result(parse_request(line))
             except BadRequest as error:
                 self.request.set_exception(error)
-        elif (reason := _abort_reason(line)) is not None and not self.abort.done():
+        elif (reason := abort_reason(line)) is not None and not self.abort.done():
             self.abort.set_result(reason)
 
     def _on_end(self, reason: str) -> None:
@@ -121,10 +124,11 @@ class Input:
             self.abort.set_result(reason)
 
 
-def _parse(line: bytes) -> Request:
+def parse_request(line: bytes) -> Request:
+    """BadRequest."""
     try:
         request = msgspec.json.decode(line, type=Request)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise BadRequest(f"not a request: {error}") from None
     validate(request)
     return request
@@ -134,7 +138,9 @@ def validate(request: Request) -> None:
     """BadRequest if there is no such host, or it is of another version."""
     try:
         parse_host(request.destination)
-    except InvalidTarget as error:
+        for address in (*(request.options.addresses or ()), *filter(None, [request.reached_at])):
+            ipaddress.ip_address(address)
+    except ValueError as error:
         raise BadRequest(f"not a request: {error}") from None
     if request.version != PROTOCOL_VERSION:
         raise BadRequest(
@@ -143,11 +149,11 @@ def validate(request: Request) -> None:
         )
 
 
-def _abort_reason(line: bytes) -> str | None:
+def abort_reason(line: bytes) -> str | None:
     """Why, if the line is a wish to abort."""
     try:
         message = msgspec.json.decode(line)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return None
     if not isinstance(message, dict) or message.get("abort") is not True:
         return None

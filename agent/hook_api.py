@@ -5,11 +5,13 @@ Like agent/api.py: what `--json` prints and the agent's HTTP API carries. A fiel
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from agent.api import CheckResult, Endpoint, ErrorInfo, Event, Report
+from agent.bounds import U63 as Count
+from agent.bounds import PathText, Word
 
 # What became of one process of many. "ready": nothing stands in its way, and nothing else was wanted.
 Status = Literal["ready", "migrated", "refused", "rolled-back", "in-doubt", "not-started", "not-covered"]
@@ -20,7 +22,7 @@ Result = Literal["ready", "migrated", "refused", "rolled-back", "in-doubt"]
 class Select(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which processes are meant: exactly one of these."""
 
-    pid: int | None = None
+    pid: Count | None = None
     pidfile: str | None = None  # an absolute path on the process's host
     name: str | None = None  # as `ps -o comm` shows it, or the name of the executable's file
 
@@ -36,11 +38,11 @@ class Selected(msgspec.Struct, frozen=True, kw_only=True):
     `started`: clock ticks since boot, which tell it from a later one with its number.
     """
 
-    pid: int
+    pid: Count
     name: str
     command: str
     user: str
-    started: int
+    started: Count
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,11 +59,12 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     plan_file: str | None = None  # an absolute path
     # what the plan calls this host, if not by its own name; "local": the caller is here
     host: str | None = None
-    destinations: tuple[str, ...] | None = None  # instead of those of the plan's rules, the best first
+    # instead of those of the plan's rules, the best first
+    destinations: Annotated[tuple[str, ...], msgspec.Meta(max_length=1000)] | None = None
     dry_run: bool = False  # check, and move nothing
     on_disconnect: Literal["abort", "continue"] = "abort"  # what becomes of it if the connection ends
-    reached_at: str | None = None  # this host's address that the tool came by: it must not move
-    auth_socket: str | None = None  # ssh-agent's socket, a path on this host
+    reached_at: Word | None = None  # this host's address that the tool came by: it must not move
+    auth_socket: PathText | None = None  # ssh-agent's socket, a path on this host
 
 
 class Tried(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +108,7 @@ class DrainStarted(msgspec.Struct, frozen=True, kw_only=True, tag="started", tag
 class DrainProgress(msgspec.Struct, frozen=True, kw_only=True, tag="process", tag_field="event"):
     """Something happens to a process on its way to `destination`."""
 
-    pid: int
+    pid: Count
     destination: str
     of: Event
 

@@ -53,7 +53,7 @@ class Inventory(msgspec.Struct):
 
 
 def command(pid: int) -> str:
-    text = procfs.read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").strip().decode("utf-8", "replace")
+    text = procfs.command_line(pid).replace(b"\0", b" ").strip().decode("utf-8", "replace")
     return text or f"[{procfs.stat(pid).comm}]"
 
 

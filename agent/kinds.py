@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import MALFORMED
 from agent.descriptors import Descriptor, OpenFile, Rebuilding, SourceProcess, common_blockers
 from agent.resources import (
     char_device,
@@ -24,6 +25,7 @@ from agent.resources import (
     tcp_socket,
     timerfd,
 )
+from transport.frames import ProtocolError
 
 KINDS: Final[tuple[Any, ...]] = (
     regular_file,
@@ -36,6 +38,7 @@ KINDS: Final[tuple[Any, ...]] = (
     tcp_socket,
 )
 _BY_NAME: Final = {kind.NAME: kind for kind in KINDS}
+_DECODERS: Final = {kind.NAME: msgspec.msgpack.Decoder(kind.State) for kind in KINDS}
 
 # anonymous inodes and special files that are refused: link prefix -> (kind, why, what to do)
 REFUSED: Final = {
@@ -113,13 +116,20 @@ def capture(file: OpenFile, process: SourceProcess) -> Descriptor:
 
 
 def decode(descriptor: Descriptor) -> Any:
-    kind = _BY_NAME[descriptor.kind]
-    return msgspec.msgpack.decode(descriptor.state, type=kind.State)
+    """Its state, checked; ProtocolError."""
+    kind = _BY_NAME.get(descriptor.kind)
+    if kind is None:
+        raise ProtocolError(f"a descriptor of unknown kind {descriptor.kind!r}")
+    try:
+        state = _DECODERS[descriptor.kind].decode(descriptor.state)
+        if hasattr(kind, "validate"):
+            kind.validate(state)
+    except (*MALFORMED, ValueError) as error:
+        raise ProtocolError(f"a {descriptor.kind} descriptor that is not understood: {error}") from error
+    return state
 
 
 def rebuild(descriptor: Descriptor, context: Rebuilding) -> int:
-    """A descriptor of ours with the description in it."""
-    kind = _BY_NAME.get(descriptor.kind)
-    if kind is None:
-        raise ValueError(f"a descriptor of unknown kind {descriptor.kind!r}")
-    return int(kind.rebuild(decode(descriptor), context))
+    """A descriptor of ours with the description in it; ProtocolError."""
+    state = decode(descriptor)
+    return int(_BY_NAME[descriptor.kind].rebuild(state, context))

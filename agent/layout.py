@@ -9,8 +9,13 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
+
+from agent.bounds import U63, Index
+from agent.kernel.arch.x86_64 import Address
 
 
 class Flag(enum.IntFlag):
@@ -31,6 +36,7 @@ class Flag(enum.IntFlag):
     LOCKONFAULT = 4096
 
 
+_ALL_FLAGS: Final = int(~Flag(0))
 # flags that say what the mapping is; a change of one of them means another mapping
 IDENTITY = Flag.SHARED | Flag.GROWSDOWN | Flag.NORESERVE
 # advice that no call takes back (madvise(2)), only turns into the other: what has lost it is another mapping
@@ -40,12 +46,12 @@ LASTING = Flag.HUGEPAGE | Flag.NOHUGEPAGE
 class Mapping(msgspec.Struct, frozen=True, array_like=True):
     """One mapping of the process. `file` is an index into the migration's table of files; -1: anonymous."""
 
-    start: int
-    end: int
-    protection: int  # PROT_READ | PROT_WRITE | PROT_EXEC
-    flags: int = 0
-    file: int = -1
-    offset: int = 0  # in the file, of `start`
+    start: Address
+    end: Address
+    protection: Annotated[int, Meta(ge=0, le=7)]  # PROT_READ | PROT_WRITE | PROT_EXEC
+    flags: Annotated[int, Meta(ge=0, le=_ALL_FLAGS)] = 0
+    file: Index = -1
+    offset: U63 = 0  # in the file, of `start`
 
     @property
     def anonymous(self) -> bool:

@@ -25,8 +25,11 @@
     Late ...          ------------------->   packets and signals that arrived for it while it was frozen
                       <-------------------   Done
 
-At any time before Commit either end may close the link, or send Failed, and the migration is off. A version
-speaks with itself and the one before; the Offer carries it.
+At any time before Commit either end may close the link, or send Failed, and the migration is off.
+
+The Offer carries the source's version of the protocol. A destination understands its own and the one before,
+and answers in that; of another one it says both. A field may come to a message with a default, so that the
+message is read where it is missing, and ignored where it is not known.
 """
 
 from __future__ import annotations
@@ -36,57 +39,107 @@ import select
 import socket
 import time
 from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
 
+from agent import checks
 from agent.api import Blocker, Notice, Phase
+from agent.bounds import (
+    I63,
+    MALFORMED,
+    MAX_DESCRIPTORS,
+    MAX_FILES,
+    MAX_MAPPINGS,
+    MAX_NOTES,
+    MAX_QUEUED,
+    MAX_RANGES,
+    MAX_SOCKETS,
+    MAX_THREADS,
+    U31,
+    U32,
+    U64,
+    BootId,
+    Digest,
+    MigrationName,
+    OwnThread,
+    PathText,
+    Pid,
+    Siginfo,
+    Text,
+    Word,
+)
 from agent.descriptors import Descriptor
+from agent.kernel.arch.x86_64 import Address
 from agent.layout import Mapping
 from agent.resources.files import FileRef
 from agent.resources.pipe import Fifo
 from agent.resources.service_address import ServiceAddress
 from agent.resources.tcp import TcpConnection, TcpListener
 from agent.shadow import Special
-from agent.state import ProcessState, ThreadState
+from agent.state import Limits, LockFuture, ProcessState, ThreadState, Tids
 from transport import frames
 from transport.codec import Decoder
 from transport.frames import Kind, LinkClosed, ProtocolError
 
 VERSION: Final = 2
+MIN_VERSION: Final = VERSION - 1  # of those that are understood
+
+MAX_PIECES: Final = 1 << 14
+MAX_PACKETS: Final = 1 << 16
+
+Files = Annotated[list[FileRef], Meta(max_length=MAX_FILES)]
+Mappings = Annotated[list[Mapping], Meta(max_length=MAX_MAPPINGS)]
+Paths = Annotated[tuple[PathText, ...], Meta(max_length=2 * MAX_FILES)]
+Ranges = Annotated[list[tuple[Address, Address]], Meta(max_length=MAX_RANGES)]
+Signals = Annotated[list[tuple[OwnThread, Siginfo]], Meta(max_length=2 * MAX_QUEUED)]
+Packet = Annotated[bytes, Meta(max_length=1 << 17)]  # an IP packet, headers and all
+Phases = Annotated[tuple[Phase, ...], Meta(max_length=1024)]
+Notices = Annotated[tuple[Notice, ...], Meta(max_length=MAX_NOTES)]
+
+
+def speaks(version: int) -> bool:
+    """Whether what another agent of this version says is understood."""
+    return MIN_VERSION <= version <= VERSION
+
+
+def spoken() -> str:
+    return f"{MIN_VERSION} to {VERSION}"
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     version: int = VERSION
-    migration: str = ""  # its name; "": it cannot be asked for later
-    host: str
-    pid: int
-    tids: tuple[int, ...]
-    files: list[FileRef]  # mapped: executables and libraries
-    opened: list[FileRef]
+    migration: MigrationName = ""  # its name; "": it cannot be asked for later
+    host: Text
+    pid: Pid
+    tids: Tids
+    files: Files  # mapped: executables and libraries
+    opened: Files
     copy_files: bool
-    specials: list[Special]
-    vdso_digest: bytes
-    cpu_flags: tuple[str, ...]
-    limits: tuple[tuple[int, int], ...]
-    directories: tuple[str, ...]  # cwd and opened directories
-    fifos: tuple[Fifo, ...] = ()
-    listeners: tuple[TcpListener, ...]
-    connections: tuple[TcpConnection, ...] = ()  # outlines: nothing in their queues
-    addresses: tuple[ServiceAddress, ...]
+    specials: Annotated[list[Special], Meta(max_length=8)]
+    vdso_digest: Digest
+    cpu_flags: Annotated[tuple[Word, ...], Meta(max_length=4096)]
+    limits: Limits
+    directories: Paths  # cwd and opened directories
+    fifos: Annotated[tuple[Fifo, ...], Meta(max_length=MAX_FILES)] = ()
+    listeners: Annotated[tuple[TcpListener, ...], Meta(max_length=MAX_SOCKETS)]
+    # outlines: nothing in their queues
+    connections: Annotated[tuple[TcpConnection, ...], Meta(max_length=MAX_SOCKETS)] = ()
+    addresses: Annotated[tuple[ServiceAddress, ...], Meta(max_length=1024)]
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     version: int = VERSION
-    host: str
-    blockers: tuple[Blocker, ...]
-    notices: tuple[Notice, ...]
-    missing: tuple[str, ...]  # files to be sent
-    unshared: tuple[str, ...]  # files that the destination has, or will have, for itself
+    host: Text
+    blockers: Annotated[tuple[Blocker, ...], Meta(max_length=2 * MAX_SOCKETS)]
+    notices: Notices
+    missing: Paths  # files to be sent
+    unshared: Paths  # files that the destination has, or will have, for itself
 
 
 class FileData(msgspec.Struct, frozen=True, kw_only=True, tag="file-data"):
-    path: str
+    path: PathText
     data: bytes
     last: bool
 
@@ -96,81 +149,81 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
-    monotonic: int  # nanoseconds
-    boottime: int
+    monotonic: I63  # nanoseconds
+    boottime: I63
 
 
 class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
-    monotonic_delta: int  # nanoseconds that the process's clocks are ahead of the destination's
-    boottime_delta: int
+    monotonic_delta: I63  # nanoseconds that the process's clocks are ahead of the destination's
+    boottime_delta: I63
     session_leader: bool
-    layout: list[Mapping]
+    layout: Mappings
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag="prepared"):
-    pid: int
+    pid: U31
     new_pid_namespace: bool
-    boot: str = ""  # the host's boot id, proc_sys_kernel(5)
+    boot: BootId = ""  # the host's boot id, proc_sys_kernel(5)
 
 
 class NewFiles(msgspec.Struct, frozen=True, tag="new-files"):
     """Files mapped since the Offer; they extend its list."""
 
-    files: list[FileRef]
+    files: Files
 
 
 class Layout(msgspec.Struct, frozen=True, tag="layout"):
-    mappings: list[Mapping]
+    mappings: Mappings
 
 
 class Discard(msgspec.Struct, frozen=True, tag="discard"):
-    ranges: list[tuple[int, int]]
+    ranges: Ranges
 
 
 class Guards(msgspec.Struct, frozen=True, tag="guards"):
     """Pages with MADV_GUARD_INSTALL on them (Linux 6.13)."""
 
-    ranges: list[tuple[int, int]]
+    ranges: Ranges
 
 
 class RoundEnd(msgspec.Struct, frozen=True, tag="round-end"):
-    number: int
+    number: U31
 
 
 class RoundDone(msgspec.Struct, frozen=True, tag="round-done"):
-    number: int
+    number: U31
 
 
 class Rebuild(msgspec.Struct, frozen=True, kw_only=True, tag="rebuild"):
     """Everything but memory, descriptors and the threads after the first."""
 
     process: ProcessState
-    monotonic_at_freeze: int  # of the process, nanoseconds: its clock must not be behind this when it goes on
+    monotonic_at_freeze: I63  # of the process, nanoseconds: its clock must not be behind this when it goes on
     leave_stopped: bool
 
 
 class Descriptors(msgspec.Struct, frozen=True, tag="descriptors"):
     """Some open file descriptions, in the order to rebuild them: listeners before connections."""
 
-    descriptors: list[Descriptor]
-    captured_at: int  # CLOCK_MONOTONIC of the process, nanoseconds: right before
+    descriptors: Annotated[list[Descriptor], Meta(max_length=MAX_DESCRIPTORS)]
+    captured_at: I63  # CLOCK_MONOTONIC of the process, nanoseconds: right before
     last: bool
 
 
 class Threads(msgspec.Struct, frozen=True, tag="threads"):
-    threads: list[ThreadState]
+    threads: Annotated[list[ThreadState], Meta(max_length=MAX_THREADS)]
 
 
 class Complete(msgspec.Struct, frozen=True, tag="complete"):
     """All pages and threads were sent; and what is asked last."""
 
-    brk: int  # the end of the heap, brk(2)
-    lock_future: int  # flags of mlockall(2), 0 if memory that is mapped from now on is not locked
+    brk: Address  # the end of the heap, brk(2)
+    lock_future: LockFuture  # flags of mlockall(2), 0 if memory that is mapped from now on is not locked
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    phases: tuple[Phase, ...]
-    notices: tuple[Notice, ...]
+    phases: Phases
+    notices: Notices
 
 
 class Verify(msgspec.Struct, frozen=True, kw_only=True, tag="verify"):
@@ -179,43 +232,43 @@ class Verify(msgspec.Struct, frozen=True, kw_only=True, tag="verify"):
     The last message asks for the rest too: pages outside `present`, mappings, registers.
     """
 
-    pieces: list[tuple[int, int, bytes]]
-    masked: list[tuple[int, int]]
+    pieces: Annotated[list[tuple[Address, Address, Digest]], Meta(max_length=MAX_PIECES)]
+    masked: Annotated[list[tuple[U64, U64]], Meta(max_length=2 * MAX_THREADS)]  # anywhere: the process's word
     last: bool
-    present: list[tuple[int, int]] = []
+    present: Ranges = []
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True, tag="verified"):
-    memory: list[tuple[int, int]]  # pieces that differ
-    others: tuple[str, ...] = ()
+    memory: Annotated[list[tuple[Address, Address]], Meta(max_length=MAX_PIECES)]  # pieces that differ
+    others: Annotated[tuple[Text, ...], Meta(max_length=MAX_NOTES)] = ()
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
     """`signals`: (thread, 0 for the process; siginfo) that were queued since the Rebuild was sent."""
 
-    signals: list[tuple[int, bytes]]
+    signals: Signals
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True, tag="live"):
-    phases: tuple[Phase, ...]
-    address_moved: tuple[str, ...]
+    phases: Phases
+    address_moved: Annotated[tuple[Word, ...], Meta(max_length=1024)]
 
 
 class Late(msgspec.Struct, frozen=True, tag="late"):
     """What still arrived at the source: packets for the addresses, and signals as in Commit."""
 
-    packets: list[bytes]
-    signals: list[tuple[int, bytes]]
+    packets: Annotated[list[Packet], Meta(max_length=MAX_PACKETS)]
+    signals: Signals
     last: bool
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    notices: tuple[Notice, ...]
+    notices: Notices
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    kind: str
-    message: str
+    kind: Text
+    message: Text
 
 
 Message = (
@@ -256,6 +309,18 @@ class Pages(msgspec.Struct, frozen=True):
 
     ranges: list[tuple[int, int]]
     data: bytes | memoryview
+
+
+class OtherVersion(ProtocolError):
+    """The other agent is of a version that is not understood here."""
+
+    kind = "version"
+
+    def __init__(self, theirs: int) -> None:
+        super().__init__(
+            f"the other agent speaks version {theirs} of the protocol, this one {spoken()}: "
+            "install the same version of migrate on both"
+        )
 
 
 class PeerFailed(Exception):
@@ -313,7 +378,7 @@ class Link:
     def receive(self) -> Message | Pages:
         header, body = frames.read_frame(self._read)
         if header.kind is Kind.MESSAGE:
-            return _decode(body)
+            return decode(body)
         ranges, data = frames.decode_ranges(body)
         if sum(end - start for start, end in ranges) != header.raw_size:
             raise ProtocolError("the ranges do not add up to the pages")
@@ -340,8 +405,16 @@ class Link:
         self._socket.settimeout(seconds)
 
     def _read(self, size: int) -> bytes:
-        buffer = bytearray(size)
-        view = memoryview(buffer)
+        """Into one buffer. A larger one than for pages is made only as there is something to put into it."""
+        buffer = bytearray(min(size, frames.MAX_PAGES_BODY))
+        self._fill(memoryview(buffer))
+        while len(buffer) < size:
+            before = len(buffer)
+            buffer += bytes(min(before, size - before))
+            self._fill(memoryview(buffer)[before:])
+        return buffer  # type: ignore[return-value]
+
+    def _fill(self, view: memoryview) -> None:
         while view:
             try:
                 count = self._socket.recv_into(view)
@@ -350,7 +423,6 @@ class Link:
             if not count:
                 raise LinkClosed("the other agent closed the link")
             view = view[count:]
-        return buffer  # type: ignore[return-value]
 
     def close(self) -> None:
         self._socket.close()
@@ -365,8 +437,32 @@ def _without(parts: list[memoryview], count: int) -> list[memoryview]:
     return parts
 
 
-def _decode(body: memoryview) -> Message:
+class _Greeting(msgspec.Struct):
+    """What an Offer and an Answer have in every version."""
+
+    type: Literal["offer", "answer"]
+    version: U32
+
+
+_greetings: Final = msgspec.msgpack.Decoder(_Greeting)
+
+
+def decode(body: memoryview | bytes) -> Message:
+    """A message; ProtocolError, OtherVersion. What it may cost is bounded by its types."""
     try:
-        return _decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        message = _decoder.decode(body)
+        checks.check(message)
+    except (*MALFORMED, ValueError) as error:
+        _check_version(body)
         raise ProtocolError(f"a message that is not understood: {error}") from error
+    return message
+
+
+def _check_version(body: memoryview | bytes) -> None:
+    """OtherVersion if it is the first message of an agent that we cannot understand for that reason."""
+    try:
+        version = _greetings.decode(body).version
+    except MALFORMED:
+        return
+    if not speaks(version):
+        raise OtherVersion(version)

@@ -26,6 +26,7 @@ import msgspec
 
 from agent import cleanup, journal, states
 from agent.api import Outcome
+from agent.bounds import MALFORMED
 from agent.cleanup import Busy
 from agent.journal import Departure, Entry
 from agent.resources import service_address
@@ -109,14 +110,29 @@ async def _verdict(entry: Entry[Departure]) -> AsyncIterator[tuple[Verdict, Call
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
             bridge = await ssh.open_bridge(connection, target, command, theirs, said.append)
-            line = await reader.readline()
+            line = await _line(reader)
             if not line:
                 raise EOFError(f"its agent does not settle it: {said[-1] or 'no answer'}")
-            yield msgspec.json.decode(line, type=Verdict), lambda: writer.write(b"done\n")
+            yield verdict_of(line), lambda: writer.write(b"done\n")
             writer.write_eof()
             await bridge.ended
         finally:
             connection.abort()
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readline()
+    except ValueError:  # beyond the reader's limit
+        raise EOFError("what its agent answers is not understood") from None
+
+
+def verdict_of(line: bytes) -> Verdict:
+    """EOFError if it is none."""
+    try:
+        return msgspec.json.decode(line, type=Verdict)
+    except MALFORMED as error:
+        raise EOFError(f"what its agent answers is not understood: {error}") from None
 
 
 def _roll_back(entry: Entry[Departure], why: str) -> Recovery:

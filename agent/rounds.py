@@ -20,6 +20,7 @@ import msgspec
 from agent import layout as layouts
 from agent import protocol, scratch
 from agent.api import Round
+from agent.bounds import MAX_RANGES
 from agent.descriptors import SourceProcess
 from agent.dirty_tracking import Mechanism, mechanism, tracker
 from agent.halt import Halt
@@ -283,9 +284,9 @@ class Rounds:
         return sent, pages_in(gone) + pages_in(became_zero)
 
     def _discard(self, ranges: list[Range]) -> None:
-        if ranges:
-            self.link.send(protocol.Discard(ranges))
-            self.sender.held.subtract(ranges)
+        for first in range(0, len(ranges), MAX_RANGES):
+            self.link.send(protocol.Discard(ranges[first : first + MAX_RANGES]))
+        self.sender.held.subtract(ranges)
 
     def announce_layout(self) -> list[Range]:
         """Tell the destination the mappings if they changed; where it loses all pages by that.

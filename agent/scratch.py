@@ -137,8 +137,19 @@ def _recognise(pid: int, memory: RemoteMemory, lines: list[MapsLine]) -> Found |
     if untouched(pid, start, start + PAGE):
         blank = ours[0].end == end and ours[0].protection == _READ_WRITE and untouched(pid, start, end)
         return Found(start, None) if blank else None
-    magic, owner, since, namespace = _LABEL.unpack(memory.read(start, _LABEL.size))
-    return Found(start, Owner(owner, since, namespace)) if magic == _MAGIC else None
+    owner = owner_of(memory.read(start, _LABEL.size))
+    return Found(start, owner) if owner is not None else None
+
+
+def owner_of(label: bytes) -> Owner | None:
+    """Who wrote it; None if it is no label.
+
+    The process may write there what it wants, and unmap it at any time.
+    """
+    if len(label) != _LABEL.size:
+        return None
+    magic, pid, born, namespace = _LABEL.unpack(label)
+    return Owner(pid, born, namespace) if magic == _MAGIC else None
 
 
 def left_open(pid: int, memory: RemoteMemory, found: Found) -> int | None:
@@ -149,11 +160,16 @@ def left_open(pid: int, memory: RemoteMemory, found: Found) -> int | None:
     at = found.start + TABLE
     if found.owner is None or untouched(pid, at, at + PAGE):
         return None
-    number, first, *_, result = ENTRY.unpack(memory.read(at, ENTRY.size))
-    if number == arch.NR_userfaultfd:
-        fd = result
-    elif number == arch.NR_close and result == NOT_MADE:
-        fd = first
-    else:
+    entry = memory.read(at, ENTRY.size)
+    fd = userfaultfd_of(entry)
+    return fd if fd is not None and procfs.fds(pid).get(fd) == USERFAULTFD else None
+
+
+def userfaultfd_of(entry: bytes) -> int | None:
+    """The descriptor that a batch's first call has made, or was about to close."""
+    if len(entry) != ENTRY.size:
         return None
-    return fd if procfs.fds(pid).get(fd) == USERFAULTFD else None
+    number, first, *_, result = ENTRY.unpack(entry)
+    if number == arch.NR_userfaultfd:
+        return int(result)
+    return int(first) if number == arch.NR_close and result == NOT_MADE else None

@@ -11,6 +11,7 @@ import msgspec
 
 from agent import launch
 from agent.api import Outcome
+from agent.bounds import MALFORMED
 from agent.recovery import Live, Recovery
 
 TIMEOUT: Final = 60.0  # seconds that a migration may be in doubt before its report says so
@@ -44,6 +45,6 @@ async def recover(name: str, live: Live | None = None) -> Recovery:
     output, errors = await process.communicate()
     try:
         return msgspec.json.decode(output, type=Recovery)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         why = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
         return Recovery(Outcome.IN_DOUBT, why or f"the recovery ended with status {process.returncode}")

@@ -22,10 +22,11 @@ import msgspec
 
 from agent import hold, layout, spawn
 from agent.api import Notice
+from agent.bounds import Word
 from agent.descriptors import Refusal
 from agent.kernel import clone, pidfd, procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
-from agent.kernel.arch.x86_64 import PAGE, Registers
+from agent.kernel.arch.x86_64 import PAGE, Address, Registers
 from agent.kernel.memory import IOV_MAX, MemoryFault, RemoteMemory, address_of
 from agent.layout import Flag, Mapping
 from agent.pageset import PageSet
@@ -65,9 +66,9 @@ Range = tuple[int, int]
 class Special(msgspec.Struct, frozen=True):
     """Where the source has its vDSO and the data pages before it: name and range, in address order."""
 
-    name: str
-    start: int
-    end: int
+    name: Word
+    start: Address
+    end: Address
 
 
 class Shadow(Tracee):

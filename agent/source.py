@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from agent import inventory, journal, protocol, states
+from agent import checks, inventory, journal, protocol, states
 from agent.api import Blocker as ApiBlocker
 from agent.api import (
     Checked,
@@ -271,12 +271,12 @@ class Migration:
         assert self.process is not None
         blockers = [*found.blockers, *self.network.blockers]
         notices = [*found.notices, *self.network.notices]
-        self.link.send(self._offer(found))
+        offer = self._offer(found)
+        self.link.send(offer)
         answer = self.link.expect(protocol.Answer)
-        if answer.version != protocol.VERSION:
-            raise ProtocolError(
-                f"the destination speaks version {answer.version}, this agent {protocol.VERSION}"
-            )
+        if not protocol.speaks(answer.version):
+            raise protocol.OtherVersion(answer.version)
+        checks.answer_fits(answer, offer)
         self.report = msgspec.structs.replace(self.report, destination=Endpoint(host=answer.host))
         blockers += answer.blockers
         notices += answer.notices

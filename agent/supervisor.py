@@ -43,6 +43,7 @@ from agent.api import (
     Request,
     StateChanged,
 )
+from agent.bounds import MALFORMED
 from agent.kernel import procfs
 from agent.server.store import new_id
 from agent.states import FROZEN, LIVE, NO_RETURN, UNTOUCHED, Source
@@ -197,7 +198,7 @@ class Supervisor:
     async def _on_event(self, line: bytes) -> None:
         try:
             event = _events.decode(line)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             self._say("error", f"the engine said something that is no event: {error}")
             return
         if isinstance(event, StateChanged):

@@ -11,21 +11,19 @@ from agent.layout import Mapping, merge
 from agent.pageset import PageSet
 from agent.shadow import Shadow
 from agent.soft_dirty import SoftDirty
-from agent.verify import PIECE, digest
-from transport.frames import ProtocolError
+from agent.verify import Masks, digest
 
 _ZERO: Final = bytes(PAGE)
 _SPECIAL: Final = ("[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]")
 
 
 def check_verify(shadow: Shadow, message: protocol.Verify) -> list[tuple[int, int]]:
-    """The pieces whose digest differs; ProtocolError for one larger than any source's."""
-    if any(not 0 < end - start <= PIECE for start, end, _ in message.pieces):
-        raise ProtocolError("a piece to verify that is none")
+    """The pieces whose digest differs."""
+    masks = Masks(message.masked)
     return [
         (start, end)
         for start, end, expected in message.pieces
-        if digest(shadow.memory, start, end, message.masked) != expected
+        if digest(shadow.memory, start, end, masks) != expected
     ]
 
 

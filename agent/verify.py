@@ -8,22 +8,25 @@ out.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
+from agent.checks import PIECE
 from agent.kernel.arch.x86_64 import PAGE
 from agent.kernel.memory import RemoteMemory
 from agent.pageset import Range, pages_in
 from agent.protocol import Link, Verified, Verify
 from agent.resources import waits
 from agent.state import ThreadState
+from agent.tracking import merged
+from transport.frames import ProtocolError
 
 if TYPE_CHECKING:
     from agent.freeze import FrozenProcess
     from agent.rounds import Rounds
 
-PIECE: Final = 64 * PAGE
 _BATCH: Final = 4096
 
 
@@ -31,18 +34,32 @@ class Mismatch(Exception):
     """The shadow is not what the source is."""
 
 
-def digest(memory: RemoteMemory, start: int, end: int, masked: Sequence[Range]) -> bytes:
-    """BLAKE2b-128 of a range, with `masked` bytes as zeros; b"" if it cannot be read."""
+class Masks:
+    """Bytes that are left out. A process of many threads has thousands of such ranges."""
+
+    def __init__(self, ranges: Sequence[Range]) -> None:
+        self._ranges = merged([(start, end) for start, end in ranges if start < end])
+        self._ends = [end for _, end in self._ranges]
+
+    def within(self, start: int, end: int) -> Iterator[Range]:
+        """The parts of them in [start, end), in order."""
+        index = bisect.bisect_right(self._ends, start)
+        while index < len(self._ranges) and self._ranges[index][0] < end:
+            low, high = self._ranges[index]
+            yield max(low, start), min(high, end)
+            index += 1
+
+
+def digest(memory: RemoteMemory, start: int, end: int, masks: Masks) -> bytes:
+    """BLAKE2b-128 of a range, with masked bytes as zeros; b"" if it cannot be read."""
     try:
         data = memory.read(start, end - start)
     except OSError:
         return b""
-    if any(low < end and start < high for low, high in masked):
+    if found := list(masks.within(start, end)):
         copy = bytearray(data)
-        for low, high in masked:
-            begin, stop = max(low, start) - start, min(high, end) - start
-            if begin < stop:
-                copy[begin:stop] = bytes(stop - begin)
+        for low, high in found:
+            copy[low - start : high - start] = bytes(high - low)
         data = bytes(copy)
     return hashlib.blake2b(data, digest_size=16).digest()
 
@@ -57,12 +74,16 @@ def verify(link: Link, frozen: FrozenProcess, rounds: Rounds) -> int:
     """Compare everything with the shadow; pages compared. Mismatch names the first differences by page."""
     assert frozen.pending is not None and frozen.state is not None
     masked = _written_by_kernel(frozen.state.process.threads)
+    masks = Masks(masked)
     present = [r for r in frozen.pending.present.ranges() if _mapped(r, rounds)]
 
     def compare(ranges: Sequence[Range], last: bool = False) -> Verified:
-        digests = [(start, end, digest(rounds.memory, start, end, masked)) for start, end in ranges]
+        digests = [(start, end, digest(rounds.memory, start, end, masks)) for start, end in ranges]
         link.send(Verify(pieces=digests, masked=masked, last=last, present=present if last else []))
-        return link.expect(Verified)
+        answer = link.expect(Verified)
+        if not set(answer.memory) <= set(ranges):
+            raise ProtocolError("the destination compared what it was not asked for")
+        return answer
 
     cut = list(pieces(present))
     for first in range(0, len(cut) or 1, _BATCH):

@@ -216,7 +216,7 @@ def marks(pid: int, memory: RemoteMemory) -> list[Range]:
     pages = range(stack.start, min(stack.end, stack.start + _MARKS_REACH * PAGE), PAGE)
     for page, entry in zip(pages, _entries(pid, pages.start, pages.stop), strict=True):
         if not _is_untouched(entry):
-            marker, count = _MARK.unpack(memory.read(page + PAGE - _MARK_ROOM, _MARK.size))
+            marker, count = _MARK.unpack(memory.read_whole(page + PAGE - _MARK_ROOM, _MARK.size))
             if marker == _MARKER and count <= _MARKS_REACH:
                 found.append((max(stack.start, page + PAGE - count * PAGE), page + PAGE))
     return found

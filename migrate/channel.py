@@ -19,6 +19,7 @@ import msgspec
 
 from agent import launch, version
 from agent.api import PROTOCOL_VERSION, Connected, SshOptions
+from agent.bounds import MALFORMED
 from agent.server.connect import MARK
 from migrate.errors import ExitCode, Failure
 from transport.link_errors import LinkError
@@ -207,7 +208,7 @@ class Connector(aiohttp.BaseConnector):
         """Failure if it is an agent of another protocol."""
         try:
             connected = msgspec.json.decode(hello, type=Connected)
-        except msgspec.MsgspecError:
+        except MALFORMED:
             raise self._other_version("another version, which cannot be understood") from None
         health = connected.health
         if health.protocol != PROTOCOL_VERSION:

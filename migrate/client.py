@@ -39,9 +39,12 @@ from agent.api import (
     Resolve,
     SshOptions,
 )
+from agent.bounds import MALFORMED
 from agent.hook_api import Drain, DrainEvent, DrainReport, Select, Selection
 from migrate.channel import Connector, Lost, way_to
 from migrate.errors import LINK_KINDS, ExitCode, Failure
+from transport.lines import LineBuffer
+from transport.process import LINE_LIMIT
 from transport.target import HostTarget
 
 __all__ = ["Agent", "Failure", "Level", "Lost", "Say"]
@@ -116,7 +119,7 @@ class Agent:
         """Start a move. See `Request.on_disconnect` for what happens if nobody reads its events."""
         body = msgspec.json.encode(self._completed(request))
         async with self._ask("POST", "/v1/migrations", data=body) as answer:
-            return msgspec.json.decode(await answer.read(), type=MigrationRecord)
+            return msgspec.json.decode(await _read(answer), type=MigrationRecord)
 
     async def events(self, id: str, start: int = 0) -> AsyncIterator[Event]:
         """Everything that happens to a move from event number `start` on; ends when it is over.
@@ -138,18 +141,18 @@ class Agent:
     async def abort(self, id: str) -> MigrationRecord:
         """Ask for a move to be rolled back; Failure if it is too late. Its report says what came of it."""
         async with self._ask("POST", f"/v1/migrations/{id}/abort") as answer:
-            return msgspec.json.decode(await answer.read(), type=MigrationRecord)
+            return msgspec.json.decode(await _read(answer), type=MigrationRecord)
 
     async def resolve(self, id: str, wanted: Resolve) -> MigrationRecord:
         """Settle a move that is in doubt; Failure if it is not."""
         body = msgspec.json.encode(wanted)
         async with self._ask("POST", f"/v1/migrations/{id}/resolve", data=body) as answer:
-            return msgspec.json.decode(await answer.read(), type=MigrationRecord)
+            return msgspec.json.decode(await _read(answer), type=MigrationRecord)
 
     async def select(self, select: Select) -> Selection:
         """Which processes are meant."""
         async with self._ask("POST", "/v1/select", data=msgspec.json.encode(select)) as answer:
-            return msgspec.json.decode(await answer.read(), type=Selection)
+            return msgspec.json.decode(await _read(answer), type=Selection)
 
     async def drain(self, wanted: Drain) -> AsyncIterator[DrainEvent]:
         """Empty the host: events, the last one a Drained."""
@@ -162,14 +165,14 @@ class Agent:
     async def abort_drain(self) -> DrainReport:
         """Ask for the end of the drain that is under way; how things are now."""
         async with self._ask("POST", "/v1/hooks/drain/abort") as answer:
-            return msgspec.json.decode(await answer.read(), type=DrainReport)
+            return msgspec.json.decode(await _read(answer), type=DrainReport)
 
     def _on_noise(self, line: str) -> None:
         self._say("warning", f"not from the agent: {line}")
 
     async def _get(self, path: str, kind: type[T], **query: str) -> T:
         async with self._ask("GET", path, params=query) as answer:
-            return msgspec.json.decode(await answer.read(), type=kind)
+            return msgspec.json.decode(await _read(answer), type=kind)
 
     async def _events(self, method: str, path: str, **options: Any) -> AsyncIterator[Event]:
         async for event in self._decoded(_event, method, path, **options):
@@ -179,10 +182,9 @@ class Agent:
         self, decoder: msgspec.json.Decoder[T], method: str, path: str, **options: Any
     ) -> AsyncIterator[T]:
         async with self._ask(method, path, **options) as answer:
-            rest = b""
+            lines = LineBuffer(LINE_LIMIT)
             async for data in answer.content.iter_any():
-                *lines, rest = (rest + data).split(b"\n")
-                for line in lines:
+                for line in lines.feed(data):
                     yield decoder.decode(line)
 
     @asynccontextmanager
@@ -192,9 +194,9 @@ class Agent:
         try:
             async with self._session.request(method, path, **options) as answer:
                 if answer.status >= 400:
-                    raise _failure(answer.status, await answer.read())
+                    raise failure(answer.status, await _read(answer))
                 yield answer
-        except (aiohttp.ClientError, ConnectionError, msgspec.MsgspecError) as error:
+        except (aiohttp.ClientError, ConnectionError, *MALFORMED) as error:
             raise await self._connector.why(error) from error
 
     def _completed(self, request: Request) -> Request:
@@ -223,7 +225,17 @@ def _auth_socket() -> str | None:
     return os.environ.get("SSH_AUTH_SOCK") or None
 
 
-def _failure(status: int, body: bytes) -> Failure:
+async def _read(answer: aiohttp.ClientResponse) -> bytes:
+    """A whole answer; ConnectionError for one that nobody means."""
+    data = bytearray()
+    async for part in answer.content.iter_any():
+        data += part
+        if len(data) > LINE_LIMIT:
+            raise ConnectionError(f"an answer of more than {LINE_LIMIT} bytes")
+    return bytes(data)
+
+
+def failure(status: int, body: bytes) -> Failure:
     error = msgspec.json.decode(body, type=ErrorBody).error
     code = ExitCode.INTERNAL if status == 500 else ExitCode.REFUSED
     return Failure(

@@ -25,6 +25,7 @@ HEADER: Final = struct.Struct("<HBBIII")
 MAX_MESSAGE: Final = 256 * 1024 * 1024
 MAX_PAGES: Final = 4 * 1024 * 1024
 MAX_RANGES: Final = MAX_PAGES // 4096
+MAX_PAGES_BODY: Final = MAX_PAGES + 8 + MAX_RANGES * 16  # they and their table
 _COUNT: Final = struct.Struct("<I")
 
 
@@ -74,7 +75,7 @@ def decode_header(data: bytes) -> Header:
         raise ProtocolError(f"unknown kind of frame {kind}")
     if kind == Kind.MESSAGE and raw_size:
         raise ProtocolError(f"a message with a raw size of {raw_size}")
-    limit = MAX_MESSAGE if kind == Kind.MESSAGE else MAX_PAGES + 8 + MAX_RANGES * 16
+    limit = MAX_MESSAGE if kind == Kind.MESSAGE else MAX_PAGES_BODY
     if length > limit or raw_size > MAX_PAGES:
         raise ProtocolError(f"a frame of {length} bytes ({raw_size} raw) exceeds the bound {limit}")
     return Header(Kind(kind), length, checksum, raw_size)

@@ -16,6 +16,7 @@ import msgspec
 from transport import link_errors as errors
 
 LINE_LIMIT: Final = 64 << 20  # bytes; a report with thousands of rounds is one line
+TEXT_LIMIT: Final = 8192  # characters of a line for a person
 TAIL_LINES: Final = 5
 _NOT_FOUND: Final = (126, 127)  # sh(1): found but not executable, not found
 
@@ -54,7 +55,7 @@ class ProcessEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lines:
-    """Bytes in, whole lines of text out; the last few are kept."""
+    """Bytes in, whole lines of text out, a line without end in pieces; the last few are kept."""
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -64,7 +65,7 @@ class Lines:
 
     def feed(self, data: bytes, final: bool = False) -> None:
         *lines, self._rest = (self._rest + self._decoder.decode(data, final)).split("\n")
-        if final and self._rest:
+        if len(self._rest) > TEXT_LIMIT or (final and self._rest):
             lines.append(self._rest)
             self._rest = ""
         for line in lines:
@@ -101,8 +102,13 @@ class AgentProcess:
 
     async def lines(self) -> AsyncIterator[bytes]:
         """Its standard output line by line, until it ends."""
-        while line := await self._reader.readline():
-            yield line.rstrip(b"\n")
+        try:
+            while line := await self._reader.readline():
+                yield line.rstrip(b"\n")
+        except ValueError:  # of a line beyond LINE_LIMIT: it is no agent
+            self.kill()
+            while await self._reader.read(65536):  # its end is seen behind what it has written
+                pass
 
     async def wait(self) -> ProcessEnd:
         """How it ended, once it has."""

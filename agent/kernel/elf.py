@@ -15,6 +15,7 @@ _SEGMENT: Final = struct.Struct("<IIQQQQQQ")
 _NOTE: Final = struct.Struct("<III")
 _MAX_SEGMENTS: Final = 256
 _MAX_NOTES: Final = 1 << 16  # bytes of one segment
+_MAX_ID: Final = 64  # bytes; what linkers write has 8 to 32
 
 
 def build_id(fd: int) -> str:
@@ -26,7 +27,7 @@ def build_id(fd: int) -> str:
         if kind == PT_NOTE:
             notes = _read(fd, min(size, _MAX_NOTES), offset)
             for name, number, content in _notes(notes, 8 if alignment == 8 else 4):
-                if name == b"GNU\0" and number == _BUILD_ID_NOTE:
+                if name == b"GNU\0" and number == _BUILD_ID_NOTE and len(content) <= _MAX_ID:
                     return content.hex()
     return ""
 

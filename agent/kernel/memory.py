@@ -93,7 +93,16 @@ class RemoteMemory:
 
     def read(self, address: int, size: int) -> bytes:
         """Read through protections; short where what is mapped ends. OSError EIO if nothing is."""
+        if address >> 63:  # of a program's own making: no place that pread(2) could be told
+            raise OSError(errno.EIO, os.strerror(errno.EIO), f"pid {self.pid}, address {address:#x}")
         return os.pread(self._mem, size, address)
+
+    def read_whole(self, address: int, size: int) -> bytes:
+        """The same, but OSError EIO also where not all of it is mapped."""
+        data = self.read(address, size)
+        if len(data) != size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), f"pid {self.pid}, address {address:#x}")
+        return data
 
     def write(self, address: int, data: bytes | memoryview) -> None:
         """Write through protections (the process gets its own copy of a private page)."""

@@ -14,6 +14,8 @@ from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
+from agent.bounds import I32, U31, U64
+
 T = TypeVar("T")
 
 PROT_READ: Final = 1
@@ -21,6 +23,7 @@ PROT_WRITE: Final = 2
 PROT_EXEC: Final = 4
 _READ_SIZE: Final = 1 << 16  # the kernel gives a page at a time anyway
 _RECORD_SIZE: Final = 1 << 13
+_COMMAND_SIZE: Final = 1 << 17
 
 
 def is_text(path: str) -> bool:
@@ -52,6 +55,15 @@ def read(path: str) -> bytes:
     fd = _open(path)
     try:
         return b"".join(iter(lambda: os.read(fd, _READ_SIZE), b""))
+    finally:
+        os.close(fd)
+
+
+def command_line(pid: int) -> bytes:
+    """Its arguments, each with a zero byte behind it; cut, since a process says where they begin and end."""
+    fd = _open(f"/proc/{pid}/cmdline")
+    try:
+        return os.read(fd, _COMMAND_SIZE)
     finally:
         os.close(fd)
 
@@ -100,8 +112,11 @@ def _maps_line(line: str) -> MapsLine:
 
 def maps(pid: int) -> list[MapsLine]:
     """/proc/PID/maps in address order, without `vmflags`: cheap, no page table walk."""
-    text = read(f"/proc/{pid}/maps").decode("utf-8", "surrogateescape")
-    return [_maps_line(line) for line in text.split("\n") if line]
+    return parse_maps(read(f"/proc/{pid}/maps"))
+
+
+def parse_maps(text: bytes) -> list[MapsLine]:
+    return [_maps_line(line) for line in text.decode("utf-8", "surrogateescape").split("\n") if line]
 
 
 def smaps(pid: int) -> list[MapsLine]:
@@ -138,8 +153,12 @@ def _vmflags(text: bytes) -> frozenset[str]:
 def status(pid: int, tid: int | None = None) -> dict[str, str]:
     """/proc/PID/status (or a thread's) as name to text."""
     path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"
+    return parse_status(read(path))
+
+
+def parse_status(text: bytes) -> dict[str, str]:
     # a program chooses its name: it must not look like lines of its own
-    pairs = (line.partition(":") for line in read(path).decode("utf-8", "replace").split("\n"))
+    pairs = (line.partition(":") for line in text.decode("utf-8", "replace").split("\n"))
     return {name: value.strip() for name, _, value in pairs}
 
 
@@ -152,7 +171,10 @@ class Settings(msgspec.Struct, frozen=True):
 
 def settings(pid: int, tid: int) -> Settings:
     """Cheaper than `status`: asked of each thread in the freeze."""
-    text = read_record(f"/proc/{pid}/task/{tid}/status")
+    return parse_settings(read_record(f"/proc/{pid}/task/{tid}/status"))
+
+
+def parse_settings(text: bytes) -> Settings:
     ids = text[text.index(b"\nUid:") : text.index(b"\nFDSize:")]
     ids += text[text.index(b"\nGroups:") : text.index(b"\nNStgid:")]
     capabilities, seccomp, rest = text[text.index(b"\nCapInh:") :].partition(b"\nSeccomp:")
@@ -186,7 +208,11 @@ class Stat(msgspec.Struct, frozen=True):
 
 def stat(pid: int, tid: int | None = None) -> Stat:
     path = f"/proc/{pid}/stat" if tid is None else f"/proc/{pid}/task/{tid}/stat"
-    text = read_record(path).decode("utf-8", "replace")
+    return parse_stat(read_record(path))
+
+
+def parse_stat(record: bytes) -> Stat:
+    text = record.decode("utf-8", "replace")
     comm = text[text.index("(") + 1 : text.rindex(")")]
     f = text[text.rindex(")") + 2 :].split()  # f[0] is field 3 of proc(5)
     number = [0, 0, 0] + [int(x) if x.lstrip("-").isdigit() else 0 for x in f]
@@ -261,7 +287,12 @@ def fds(pid: int) -> dict[int, str]:
 
 def fdinfo(pid: int, fd: int) -> list[tuple[str, str]]:
     """/proc/PID/fdinfo/FD as (name, text) pairs in order; names repeat (an epoll has one "tfd" per entry)."""
-    pairs = (line.partition(":") for line in read_record(f"/proc/{pid}/fdinfo/{fd}").decode().split("\n"))
+    return parse_fdinfo(read_record(f"/proc/{pid}/fdinfo/{fd}"))
+
+
+def parse_fdinfo(text: bytes) -> list[tuple[str, str]]:
+    # a dma-buf shows a name that a program chose, any bytes
+    pairs = (line.partition(":") for line in text.decode("utf-8", "replace").split("\n"))
     return [(name.strip(), value.strip()) for name, _, value in pairs if name]
 
 
@@ -278,12 +309,12 @@ def _limit(text: str) -> int:
 class PosixTimer(msgspec.Struct, frozen=True):
     """One timer of /proc/PID/timers (CONFIG_POSIX_TIMERS, CONFIG_CHECKPOINT_RESTORE)."""
 
-    id: int
-    signal: int
-    value: int
-    notify: int  # SIGEV_*
-    thread: int  # for SIGEV_THREAD_ID; in the numbers of the reader's pid namespace
-    clock: int
+    id: U31
+    signal: U31
+    value: U64
+    notify: U31  # SIGEV_*
+    thread: U31  # for SIGEV_THREAD_ID; in the numbers of the reader's pid namespace
+    clock: I32
 
 
 def timers(pid: int) -> list[PosixTimer]:

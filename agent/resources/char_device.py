@@ -9,15 +9,22 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
-from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, SourceProcess, checked_flags, not_agreed
+from agent.bounds import U31
+from agent.descriptors import REOPEN_FLAGS, OpenFile, Rebuilding, SourceProcess, not_agreed
 
 NAME: Final = "character-device"
 DEVICES: Final = {3: "/dev/null", 5: "/dev/zero", 7: "/dev/full", 8: "/dev/random", 9: "/dev/urandom"}
 
 
 class State(msgspec.Struct, frozen=True):
-    minor: int
-    flags: int
+    minor: U31
+    flags: U31
+
+
+def validate(state: State) -> None:
+    """ValueError for a received state that is none."""
+    if state.minor not in DEVICES or state.flags & ~REOPEN_FLAGS:
+        raise ValueError(f"device {state.minor}, flags {state.flags:#o}")
 
 
 def recognise(file: OpenFile) -> bool:
@@ -35,7 +42,7 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
 def rebuild(state: State, context: Rebuilding) -> int:
     if state.minor not in DEVICES:
         raise not_agreed(f"memory device {state.minor}")
-    fd = os.open(DEVICES[state.minor], checked_flags(state.flags) | os.O_CLOEXEC)
+    fd = os.open(DEVICES[state.minor], state.flags | os.O_CLOEXEC)
     if os.fstat(fd).st_rdev != os.makedev(1, state.minor):
         os.close(fd)
         raise OSError(19, "is another device here", DEVICES[state.minor])

@@ -16,11 +16,12 @@ import re
 import select
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import U32, U64, FileDescriptor
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
@@ -38,9 +39,9 @@ _ENTRY: Final = re.compile(r"(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)
 
 
 class Entry(msgspec.Struct, frozen=True):
-    fd: int
-    events: int
-    data: int
+    fd: FileDescriptor
+    events: U32
+    data: U64
 
     @property
     def fired(self) -> bool:
@@ -49,7 +50,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    entries: tuple[Entry, ...]
+    entries: Annotated[tuple[Entry, ...], msgspec.Meta(max_length=1 << 20)]
 
 
 def recognise(file: OpenFile) -> bool:

@@ -8,15 +8,16 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import U64, Nonblocking
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 
 NAME: Final = "eventfd"
 
 
 class State(msgspec.Struct, frozen=True):
-    count: int
+    count: U64
     semaphore: bool
-    flags: int
+    flags: Nonblocking
 
 
 def recognise(file: OpenFile) -> bool:

@@ -18,6 +18,7 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import I64, U32, U63, U64, Digest, Mode, PathText, Word
 from agent.kernel import elf
 from agent.unmovable import Unmovable
 
@@ -28,16 +29,16 @@ HURRIED_SIZE: Final = 4 << 20  # whose digest takes a few milliseconds
 class FileRef(msgspec.Struct, frozen=True):
     """A regular file by what is in it: digest, or build id alone."""
 
-    path: str
-    size: int
-    mode: int
-    digest: bytes = b""  # SHA-256
-    build_id: str = ""
+    path: PathText
+    size: U63
+    mode: Mode
+    digest: Digest = b""  # SHA-256
+    build_id: Word = ""
     # file system id and inode: equal on two hosts only if the file system is shared
-    identity: tuple[int, int] = (0, 0)
+    identity: tuple[U64, U64] = (0, 0)
     # size, st_mtime and st_ctime in nanoseconds: whether it was written since
-    stamp: tuple[int, int, int] = (0, 0, 0)
-    owner: tuple[int, int] = (0, 0)  # user and group
+    stamp: tuple[I64, I64, I64] = (0, 0, 0)
+    owner: tuple[U32, U32] = (0, 0)  # user and group
 
 
 def digest(fd: int) -> bytes:

@@ -7,11 +7,12 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import U31, U32, U64, Mode, PathText
 from agent.descriptors import OpenFile, Rebuilding, Refusal, SourceProcess, not_agreed
 from agent.kernel import procfs
 from agent.kernel.errors import check, libc
@@ -26,19 +27,25 @@ _FLAGS: Final = os.O_ACCMODE | os.O_NONBLOCK | os.O_DIRECT
 class Fifo(msgspec.Struct, frozen=True):
     """A FIFO that the process has open, for the offer."""
 
-    path: str
-    mode: int
-    owner: tuple[int, int]
+    path: PathText
+    mode: Mode
+    owner: tuple[U32, U32]
 
 
 class State(msgspec.Struct, frozen=True):
-    inode: int  # on the source: the ends of one pipe have it in common
-    path: str  # of a FIFO; "" for a pipe
-    mode: int  # of a FIFO
-    flags: int
-    capacity: int
+    inode: U64  # on the source: the ends of one pipe have it in common
+    path: PathText  # of a FIFO; "" for a pipe
+    mode: Mode  # of a FIFO
+    flags: U31
+    capacity: Annotated[int, msgspec.Meta(ge=1, le=1 << 29)]
     content: bytes
-    owner: tuple[int, int] = (0, 0)  # of a FIFO
+    owner: tuple[U32, U32] = (0, 0)  # of a FIFO
+
+
+def validate(state: State) -> None:
+    """ValueError for a received state that is none."""
+    if state.flags & ~_FLAGS or len(state.content) > state.capacity:
+        raise ValueError(f"flags {state.flags:#o}, {len(state.content)} bytes in {state.capacity}")
 
 
 def recognise(file: OpenFile) -> bool:

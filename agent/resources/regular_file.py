@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
+from msgspec import Meta
 
 from agent.api import Blocker
+from agent.bounds import U31, U32, U63, U64, Mode, PathText
 from agent.descriptors import (
     REOPEN_FLAGS,
     OpenFile,
     Rebuilding,
     Refusal,
     SourceProcess,
-    checked_flags,
     not_agreed,
 )
 from agent.resources.files import FileRef, describe, identity, wider
@@ -29,15 +30,21 @@ _DELETED: Final = " (deleted)"
 
 
 class State(msgspec.Struct, frozen=True):
-    path: str
-    flags: int
-    position: int
-    size: int
-    inode: int
-    mode: int = 0o600
-    content: bytes | None = None  # of a file that has no name any more
-    identity: tuple[int, int] = (0, 0)  # of one that has, as in FileRef
-    owner: tuple[int, int] = (0, 0)
+    path: PathText
+    flags: U31
+    position: U63
+    size: U63
+    inode: U64
+    mode: Mode = 0o600
+    content: Annotated[bytes, Meta(max_length=MAX_DELETED)] | None = None  # of a file without a name
+    identity: tuple[U64, U64] = (0, 0)  # of one that has, as in FileRef
+    owner: tuple[U32, U32] = (0, 0)
+
+
+def validate(state: State) -> None:
+    """ValueError for a received state that is none: open(2) must not be told to create or cut a file."""
+    if state.flags & ~REOPEN_FLAGS:
+        raise ValueError(f"flags {state.flags:#o}")
 
 
 def recognise(file: OpenFile) -> bool:
@@ -107,7 +114,6 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
-    checked_flags(state.flags)
     fd = _recreate(state) if state.content is not None else _open(state, context)
     if not state.flags & os.O_PATH:
         os.lseek(fd, state.position, os.SEEK_SET)

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import Word
 from agent.kernel import addresses as kernel
 from agent.kernel.addresses import Announcer, InterfaceAddress
 from agent.kernel.sock_diag import SockDiag, SocketEntry
@@ -40,17 +41,28 @@ _ANYWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 class ServiceAddress(msgspec.Struct, frozen=True, kw_only=True):
     """One address as the source has it. `interface` is the source's."""
 
-    address: str
+    address: Word
     prefix_length: Annotated[int, msgspec.Meta(ge=0, le=128)]
     family: Literal[2, 10]
-    interface: str
+    interface: Word
     scope: Annotated[int, msgspec.Meta(ge=0, le=255)]
     flags: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
-    broadcast: str
-    label: str
+    broadcast: Word
+    label: Word
     preferred: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]  # seconds left; 2**32-1: forever
     valid: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
     metric: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+
+
+def validate(received: ServiceAddress) -> None:
+    """ValueError for one that is none."""
+    parsed = ipaddress.ip_address(received.address)
+    if "%" in received.address or parsed.version != (4 if received.family == int(socket.AF_INET) else 6):
+        raise ValueError(f"{received.address} is not of family {received.family}")
+    if received.prefix_length > parsed.max_prefixlen:
+        raise ValueError(f"{received.address} with a prefix of {received.prefix_length} bits")
+    if received.broadcast and ipaddress.ip_address(received.broadcast).version != parsed.version:
+        raise ValueError(f"{received.address} with the broadcast address {received.broadcast}")
 
 
 def find(addresses: Iterable[str]) -> list[ServiceAddress]:

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import U64, Nonblocking
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
@@ -25,8 +26,8 @@ NR_signalfd4: Final = 289
 
 
 class State(msgspec.Struct, frozen=True):
-    mask: int
-    flags: int
+    mask: U64
+    flags: Nonblocking
 
 
 def recognise(file: OpenFile) -> bool:

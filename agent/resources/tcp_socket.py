@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import Nonblocking
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess, not_agreed
 from agent.kernel.tcp_repair import borrow
 from agent.resources import tcp
@@ -23,7 +24,12 @@ IPPROTO_MPTCP: Final = 262
 
 class State(msgspec.Struct, frozen=True):
     tcp: tcp.TcpConnection | tcp.TcpListener
-    flags: int
+    flags: Nonblocking
+
+
+def validate(state: State) -> None:
+    """ValueError for a received state that is none."""
+    tcp.validate(state.tcp)
 
 
 def recognise(file: OpenFile) -> bool:

@@ -71,10 +71,13 @@ def abort_rseq(
     if not rseq[0]:
         return registers
     if section is None:
-        section = struct.unpack("<Q", memory.read(rseq[0] + 8, 8))[0]
+        section = struct.unpack("<Q", memory.read_whole(rseq[0] + 8, 8))[0]
     if not section:
         return registers
-    _, _, start, length, abort = struct.unpack("<IIQQQ", memory.read(section, 32))
+    try:
+        _, _, start, length, abort = struct.unpack("<IIQQQ", memory.read_whole(section, 32))
+    except OSError:  # it points to nothing, for which the kernel will end the program, here or over there
+        return registers
     if start <= registers.rip < start + length:
         return msgspec.structs.replace(registers, rip=abort)
     return registers

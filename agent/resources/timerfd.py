@@ -8,11 +8,12 @@ import os
 import re
 import struct
 from collections.abc import Callable
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
 from agent.api import Blocker
+from agent.bounds import U31, U63, Nonblocking
 from agent.descriptors import OpenFile, Rebuilding, SourceProcess
 from agent.kernel import procfs
 from agent.kernel.errors import check, libc
@@ -26,12 +27,12 @@ _PAIR: Final = re.compile(r"\((\d+), (\d+)\)")
 
 
 class State(msgspec.Struct, frozen=True):
-    clock: int
-    ticks: int
-    flags: int  # of the description
-    settime_flags: int
-    remaining_ns: int  # 0: disarmed
-    interval_ns: int
+    clock: U31
+    ticks: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    flags: Nonblocking  # of the description
+    settime_flags: U31
+    remaining_ns: U63  # 0: disarmed
+    interval_ns: U63
 
 
 def recognise(file: OpenFile) -> bool:

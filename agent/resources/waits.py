@@ -35,12 +35,18 @@ _LOOK_BACK: Final = 48
 _MOV_EAX: Final = re.compile(rb"(?s)\xb8(.{4})")
 _RESTARTED: Final = frozenset({arch.NR_poll, arch.NR_nanosleep, arch.NR_clock_nanosleep, arch.NR_futex})
 _TIMESPEC: Final = struct.Struct("<qq")
+_LONGEST: Final = (1 << 63) - 1  # nanoseconds
 _FUTEX_CMD_MASK: Final = ~0x180  # FUTEX_PRIVATE_FLAG | FUTEX_CLOCK_REALTIME
 _FUTEX_WAIT: Final = 0
 
 
 def interrupted(registers: Registers) -> bool:
     return registers.syscall is not None and registers.result == -arch.ERESTART_RESTARTBLOCK
+
+
+def can_go_on(registers: Registers) -> bool:
+    """Whether it is a wait that can be made again for the time that remains."""
+    return interrupted(registers) and registers.orig_rax in _RESTARTED
 
 
 def identified(registers: Registers, memory: RemoteMemory) -> Registers:
@@ -191,8 +197,9 @@ def requested_ns(registers: Registers, memory: RemoteMemory) -> int | None:
 
 
 def _read_timespec(memory: RemoteMemory, address: int) -> int:
-    seconds, nanoseconds = _TIMESPEC.unpack(memory.read(address, _TIMESPEC.size))
-    return int(seconds * 1_000_000_000 + nanoseconds)
+    seconds, nanoseconds = _TIMESPEC.unpack(memory.read_whole(address, _TIMESPEC.size))
+    # the kernel waits no longer than that either (ktime_t)
+    return int(min(max(0, seconds * 1_000_000_000 + nanoseconds), _LONGEST))
 
 
 def _timeout_address(registers: Registers) -> int | None:

@@ -26,6 +26,7 @@ from typing import Final
 import msgspec
 
 from agent.api import Connected, Health
+from agent.bounds import MALFORMED
 from agent.server.places import Places, UnsafeDirectory, is_of_root, make_private, open_log
 
 MARK: Final = b"migrate-agent connected "
@@ -130,7 +131,7 @@ def _answering(places: Places) -> tuple[socket.socket, Health] | None:
     except (FileNotFoundError, ConnectionError):
         connection.close()
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *MALFORMED) as error:
         connection.close()
         raise CannotConnect(f"the service at {places.socket}: {error}") from error
 

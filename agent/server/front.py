@@ -26,6 +26,7 @@ from agent.api import (
     Request,
     StateChanged,
 )
+from agent.bounds import MALFORMED
 from agent.kernel import procfs
 from agent.states import LIVE, UNTOUCHED
 from transport.process import AgentProcess, ProcessEnd, run_local
@@ -159,7 +160,7 @@ class Front:
         try:
             event: Event = _events.decode(line)
             return event
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             return Log(level="warning", message=f"the front said something that is no event: {error}")
 
     def _on_stderr(self, line: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import os
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 from aiohttp import web
@@ -18,13 +18,12 @@ from agent.server import selection
 from agent.server.drain import Draining
 from agent.server.failures import Failed
 from agent.server.registry import Conflict
-from agent.server.route import REGISTRY, Route, answer_json, answer_lines, wants_lines
+from agent.server.route import REGISTRY, Route, answer_json, answer_lines, body_of, wants_lines
 from migrate.plan.model import Plan
 from migrate.plan.parse import InvalidPlan, parse, parse_object
 from migrate.plan.tree import MAX_BYTES
 from transport.target import parse_host
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -61,16 +60,21 @@ DRAINS: Final = web.AppKey("drains", Drains)
 
 
 async def select(request: web.Request) -> web.Response:
-    wanted = _body(await request.read(), Select)
+    wanted = body_of(await request.read(), Select)
+    must_select(wanted)
+    return answer_json(await asyncio.to_thread(selection.find, wanted))
+
+
+def must_select(wanted: Select) -> None:
+    """BadRequest if it is no selector."""
     if sum(value is not None for value in msgspec.structs.astuple(wanted)) != 1:
         raise BadRequest("not a selector: exactly one of pid, pidfile and name")
-    return answer_json(await asyncio.to_thread(selection.find, wanted))
 
 
 async def drain(request: web.Request) -> web.StreamResponse:
     """The report, or for those who accept it every event; whoever closes the connection may end it."""
-    wanted = _body(await request.read(), Drain)
-    draining = Draining(request.app[REGISTRY], _plan(wanted), wanted)
+    wanted = body_of(await request.read(), Drain)
+    draining = Draining(request.app[REGISTRY], plan_of(wanted), wanted)
     task = request.app[DRAINS].begin(draining)
     try:
         if wants_lines(request):
@@ -90,14 +94,7 @@ async def abort_drain(request: web.Request) -> web.Response:
     return answer_json(draining.snapshot(), 202)
 
 
-def _body(data: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
-        raise BadRequest(f"not a request: {error}") from None
-
-
-def _plan(wanted: Drain) -> Plan:
+def plan_of(wanted: Drain) -> Plan:
     """The plan that was sent, or named; BadRequest, Failed with all that is wrong with it."""
     try:
         for host in (*(wanted.destinations or ()), *([wanted.host] if wanted.host else [])):

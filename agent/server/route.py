@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from agent.bounds import MALFORMED
+from agent.front import BadRequest
 from agent.server.registry import Registry
 
 NDJSON: Final = "application/x-ndjson"
 REGISTRY: Final = web.AppKey("registry", Registry)
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -41,6 +44,14 @@ class Route(msgspec.Struct, frozen=True):
     parameters: tuple[Parameter, ...] = ()
     errors: tuple[int, ...] = ()
     everyone: bool = False  # not only root: the handler asks `access` whose the thing is
+
+
+def body_of(data: bytes, kind: type[T]) -> T:
+    """What was sent; BadRequest."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except MALFORMED as error:
+        raise BadRequest(f"not a request: {error}") from None
 
 
 def answer_json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -33,7 +33,7 @@ from agent.server import access, hooks
 from agent.server.access import Users
 from agent.server.failures import Failed, as_json
 from agent.server.registry import Registry
-from agent.server.route import REGISTRY, Parameter, Route, answer_json, answer_lines, wants_lines
+from agent.server.route import REGISTRY, Parameter, Route, answer_json, answer_lines, body_of, wants_lines
 from agent.server.store import ID
 from transport.process import run_local
 
@@ -137,10 +137,7 @@ async def abort(request: web.Request) -> web.Response:
 
 
 async def resolve(request: web.Request) -> web.Response:
-    try:
-        wanted = msgspec.json.decode(await request.read(), type=Resolve)
-    except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors
-        raise BadRequest(f"not a resolution: {error}") from None
+    wanted = body_of(await request.read(), Resolve)
     return answer_json(await request.app[REGISTRY].resolve(_id(request), wanted.live))
 
 
@@ -163,11 +160,11 @@ def _id(request: web.Request) -> str:
 
 
 async def _request(request: web.Request, operation: str) -> Request:
+    wanted = body_of(await request.read(), Request)
     try:
-        wanted = msgspec.json.decode(await request.read(), type=Request)
-        for address in (*(wanted.options.addresses or ()), wanted.reached_at or "::"):
+        for address in wanted.options.addresses or ():
             ipaddress.ip_address(address)
-    except ValueError as error:  # msgspec's too
+    except ValueError as error:
         raise BadRequest(f"not a request: {error}") from None
     validate(wanted)
     if wanted.operation != operation:

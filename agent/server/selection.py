@@ -76,7 +76,7 @@ def _by_pid(pid: int, whence: str) -> Selection:
 def _look(pid: int) -> Selected | None:
     """None for what is no process that somebody could mean; ProcessLookupError."""
     stat = procfs.stat(pid)
-    arguments = procfs.read(f"/proc/{pid}/cmdline").decode("utf-8", "replace").rstrip("\0").split("\0")
+    arguments = procfs.command_line(pid).decode("utf-8", "replace").rstrip("\0").split("\0")
     if stat.state in _DEAD or (arguments == [""] and not _executable(pid)):
         return None
     if _is_ours(arguments):

@@ -18,9 +18,11 @@ from typing import Final
 import msgspec
 
 from agent.api import Finished, MigrationRecord, Report
+from agent.bounds import MALFORMED
 from agent.server.places import make_private
 
 KEPT: Final = 1000
+MAX_FILE: Final = 256 << 20  # bytes; 20,000 events have some megabytes
 ID: Final = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 _ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32
 
@@ -36,6 +38,13 @@ class Stored(msgspec.Struct, frozen=True):
 
     record: MigrationRecord
     events: tuple[msgspec.Raw, ...] = ()
+
+
+def stored(data: bytes) -> Stored:
+    """What a file says; one of MALFORMED."""
+    if len(data) > MAX_FILE:
+        raise msgspec.ValidationError("too long for a record")
+    return msgspec.json.decode(data, type=Stored)
 
 
 class Store:
@@ -79,8 +88,9 @@ class Store:
     def load(self, id: str) -> Stored | None:
         """None if there is none of that name, or none that could be read."""
         try:
-            return msgspec.json.decode(self._path(id).read_bytes(), type=Stored)
-        except (OSError, msgspec.MsgspecError):
+            with self._path(id).open("rb") as file:
+                return stored(file.read(MAX_FILE + 1))
+        except (OSError, *MALFORMED):
             return None
 
     def ids(self) -> list[str]:

@@ -120,9 +120,11 @@ def several(kind: Kind, about: str) -> Kind:
         values = [kind.read(each, report) for each in nodes]
         if INVALID in values:
             return INVALID
-        for index, value in enumerate(values):
-            if value in values[:index]:
-                return fail(nodes[index], report, f"{shown(str(value))} is there twice")
+        seen = set()
+        for place, value in zip(nodes, values, strict=True):
+            if value in seen:
+                return fail(place, report, f"{shown(str(value))} is there twice")
+            seen.add(value)
         return tuple(values)
 
     return Kind(about, read)

@@ -232,11 +232,12 @@ def test_an_agent_that_never_began() -> None:
     assert "status 3" in report["error"]["message"]
 
 
-def test_an_agent_that_dies_in_the_middle_leaves_doubt() -> None:
+def test_an_agent_that_dies_in_the_middle() -> None:
+    """Nothing is left in the journal, and the process is there."""
     done = run("move", "1", "beta", "--json", scenario="dies")
-    assert done.returncode == ExitCode.IN_DOUBT
+    assert done.returncode == ExitCode.ROLLED_BACK
     report = only_json(done)
-    assert report["outcome"] == "in-doubt"
+    assert report["outcome"] == "rolled-back"
     assert "status 9: something is wrong here" in report["error"]["message"]
 
 

@@ -15,6 +15,7 @@ from unit.descriptor_case import Case, Make
 from agent import kinds
 from agent.descriptors import Descriptor, Rebuilding, open_files
 from agent.kernel import pidfd
+from transport.frames import ProtocolError
 
 
 def test_descriptors_of_one_description_are_one(make: Make, tmp_path: Path) -> None:
@@ -125,5 +126,5 @@ def test_what_no_kind_knows_is_refused_by_name(make: Make) -> None:
 
 
 def test_a_kind_that_is_not_known_here() -> None:
-    with pytest.raises(ValueError, match="unknown kind 'door'"):
+    with pytest.raises(ProtocolError, match="unknown kind 'door'"):
         kinds.rebuild(Descriptor("door", ((3, False),), 0, msgspec.Raw(b"\xc0")), Rebuilding())

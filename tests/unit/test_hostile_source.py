@@ -226,7 +226,7 @@ ATTACKS = (
         "a protocol error",
         lambda liar, v: liar.instead(protocol.Offer, migration=f"../../../..{v.absent}"),
         "protocolerror",
-        "is not the name of a new migration",
+        r"at `\$\.migration`",
     ),
     Attack(
         "journal-taken",
@@ -262,10 +262,10 @@ ATTACKS = (
     Attack(
         "file-truncated",
         "opens a file with O_CREAT and O_TRUNC",
-        "`not-agreed`: flags that make or cut off are none that a descriptor has",
+        "a protocol error: flags that make or cut off are none that a descriptor has",
         lambda liar, v: liar.also_open("regular-file", _changed(v, flags=os.O_CREAT | os.O_TRUNC)),
-        "not-agreed",
-        "open flags",
+        "protocolerror",
+        "not understood: flags",
     ),
     Attack(
         "file-unknown",
@@ -299,10 +299,10 @@ ATTACKS = (
     Attack(
         "device-other",
         "opens a memory device that is none of null, zero, full, random, urandom",
-        "`not-agreed`",
+        "a protocol error",
         lambda liar, v: liar.also_open("character-device", char_device.State(1, os.O_RDWR)),
-        "not-agreed",
-        "memory device 1",
+        "protocolerror",
+        "not understood: device 1",
     ),
     Attack(
         "fifo-made",
@@ -345,9 +345,9 @@ ATTACKS = (
     Attack(
         "descriptor-kind",
         "has a descriptor of a kind that does not exist",
-        "an error",
+        "a protocol error",
         lambda liar, v: liar.also_open("door", _fifo(v.absent)),
-        "valueerror",
+        "protocolerror",
     ),
     Attack(
         "file-index",
@@ -379,11 +379,11 @@ ATTACKS = (
     Attack(
         "kernel-addresses",
         "maps at addresses of the kernel",
-        "an error",
+        "a protocol error",
         lambda liar, v: liar.before(
             protocol.RoundEnd, protocol.Layout([Mapping(1 << 47, (1 << 47) + PAGE, 3)])
         ),
-        "injectedcallfailed",
+        "protocolerror",
     ),
     Attack(
         "thread-foreign",
@@ -617,5 +617,5 @@ def in_child(function: Callable[[], bool]) -> bool:
 def test_a_piece_to_verify_has_its_size(liar: Liar, program: Moving) -> None:
     liar.instead(protocol.Verify, pieces=[(0, 1 << 46, b"")])
     message = Move(program, MoveOptions(verify=True)).rolled_back("protocolerror", "destination")
-    assert "a piece to verify" in message
+    assert "not understood: a piece" in message
     program.progress()

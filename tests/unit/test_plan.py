@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from agent.api import MoveOptions, SshOptions
 from agent.hook_api import Select
 from migrate.config import CONFIG
+from migrate.plan import kinds, tree
 from migrate.plan.model import Move, Plan, Rule
 from migrate.plan.parse import InvalidPlan, parse, parse_object, parse_section
 from migrate.plan.schema import LIMITS, SECTIONS, SSH, Key, ListOf, Section
@@ -491,3 +492,23 @@ def test_the_examples_in_the_documentation_are_plans() -> None:
     assert examples
     for each in examples:
         parse(each.encode())
+
+
+def test_a_long_list_is_compared_with_itself_once() -> None:
+    """What is there twice is found by a look, not by comparing each with all before it."""
+    compared, problems = 0, list[tree.Problem]()
+
+    class Word(str):
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, str(other))
+
+        __hash__ = str.__hash__
+
+    place = tree.Place()
+    nodes = tuple(tree.Scalar(place, f"host-{number}", "text") for number in range(1000))
+    each = kinds.text(Word, "a word", "x")
+    found = kinds.several(each, "").read(tree.Items(place, nodes), problems.append)
+    assert not problems
+    assert len(found) == 1000 and compared < 5000

@@ -28,6 +28,7 @@ from transport.frames import Kind, LinkClosed, ProtocolError
 
 PAGE = 4096
 BASE = 0x5555_0000_0000
+SIGINFO = struct.pack("<iii", 10, 0, -1).ljust(128, b"\n")
 
 MESSAGES: list[Message] = [
     protocol.Offer(
@@ -67,9 +68,9 @@ MESSAGES: list[Message] = [
     protocol.Ready(phases=(Phase(name="p", ms=1.5, where="destination"),), notices=()),
     protocol.Verify(pieces=[(BASE, BASE + PAGE, b"x" * 16)], masked=[(BASE + 1, BASE + 5)], last=True),
     protocol.Verified(memory=[(BASE, BASE + PAGE)], others=("mapping",)),
-    protocol.Commit([(0, bytes(128)), (7, b"\n" * 128)]),
+    protocol.Commit([(0, SIGINFO), (7, SIGINFO)]),
     protocol.Live(phases=(), address_moved=("10.0.0.1",)),
-    protocol.Late([b"\x45", b""], [(0, bytes(128))], last=False),
+    protocol.Late([b"\x45", b""], [(0, SIGINFO)], last=False),
     protocol.Descriptors(
         [Descriptor("pipe", ((3, True), (4, False)), 2, msgspec.Raw(b"\x80"))], captured_at=7, last=False
     ),

@@ -370,6 +370,7 @@ def test_released_it_lives_and_has_nothing_of_ours() -> None:
         lines = procfs.maps(target.pid)
         assert [(m.start, m.end) for m in lines if not m.name.startswith("[v")] == [(BASE, BASE + PAGE)]
         assert procfs.fds(target.pid) == {}
+        target.outlive_us()
         target.release(leave_stopped=True)
         wait_for(lambda: procfs.stat(target.pid).state == "T", "the stop")
         assert procfs.status(target.pid)["TracerPid"] == "0"

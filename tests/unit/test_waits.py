@@ -35,6 +35,8 @@ class Memory:
     def read(self, address: int, size: int) -> bytes:
         return self.contents[address][:size]
 
+    read_whole = read
+
 
 def interrupted(number: int, **registers: int) -> Registers:
     return Registers(orig_rax=number, rax=RESTART, rip=0x1000, **registers)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
+
+from agent.bounds import U64
 
 PAGE: Final = 4096
 TASK_SIZE: Final = 0x7FFF_FFFF_F000
 MMAP_MIN: Final = 0x1_0000
+Address = Annotated[int, msgspec.Meta(ge=0, le=TASK_SIZE)]  # of a program's own, and the end of one
 
 # syscall numbers
 NR_mmap: Final = 9
@@ -121,33 +124,33 @@ _U64: Final = 0xFFFF_FFFF_FFFF_FFFF
 class Registers(msgspec.Struct, array_like=True):
     """`struct user_regs_struct` (asm/user_64.h), 27 words, in the kernel's order."""
 
-    r15: int = 0
-    r14: int = 0
-    r13: int = 0
-    r12: int = 0
-    rbp: int = 0
-    rbx: int = 0
-    r11: int = 0
-    r10: int = 0
-    r9: int = 0
-    r8: int = 0
-    rax: int = 0
-    rcx: int = 0
-    rdx: int = 0
-    rsi: int = 0
-    rdi: int = 0
-    orig_rax: int = 0
-    rip: int = 0
-    cs: int = 0
-    eflags: int = 0
-    rsp: int = 0
-    ss: int = 0
-    fs_base: int = 0
-    gs_base: int = 0
-    ds: int = 0
-    es: int = 0
-    fs: int = 0
-    gs: int = 0
+    r15: U64 = 0
+    r14: U64 = 0
+    r13: U64 = 0
+    r12: U64 = 0
+    rbp: U64 = 0
+    rbx: U64 = 0
+    r11: U64 = 0
+    r10: U64 = 0
+    r9: U64 = 0
+    r8: U64 = 0
+    rax: U64 = 0
+    rcx: U64 = 0
+    rdx: U64 = 0
+    rsi: U64 = 0
+    rdi: U64 = 0
+    orig_rax: U64 = 0
+    rip: U64 = 0
+    cs: U64 = 0
+    eflags: U64 = 0
+    rsp: U64 = 0
+    ss: U64 = 0
+    fs_base: U64 = 0
+    gs_base: U64 = 0
+    ds: U64 = 0
+    es: U64 = 0
+    fs: U64 = 0
+    gs: U64 = 0
 
     def pack(self) -> bytes:
         return _REGISTERS.pack(*msgspec.structs.astuple(self))

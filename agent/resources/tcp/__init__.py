@@ -37,6 +37,7 @@ from agent.resources.tcp.state import (
     TcpSocket,
     TcpSocketInfo,
     inspect,
+    validate,
 )
 
 __all__ = [
@@ -63,4 +64,5 @@ __all__ = [
     "signed_blockers",
     "silence",
     "unsettled",
+    "validate",
 ]

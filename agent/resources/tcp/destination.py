@@ -101,7 +101,7 @@ def _transparent(sock: socket.socket, value: int) -> None:
 
 
 def _captured_transparent(state: TcpConnection | TcpListener) -> int:
-    return int.from_bytes(state.options.get("IP_TRANSPARENT", b""), "little")
+    return int(any(state.options.get("IP_TRANSPARENT", b"")))
 
 
 def _rebuild_connection(sock: socket.socket, state: TcpConnection) -> None:

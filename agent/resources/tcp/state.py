@@ -8,14 +8,18 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from agent.bounds import U31, U32, Finite, Name
 from agent.kernel import sock_filter, tcp_repair
 from agent.kernel.tcp_repair import TcpState, borrow
+from agent.resources.tcp.options import OPTIONS
 
-U32 = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 Shift = Annotated[int, msgspec.Meta(ge=0, le=14)]
 Family = Literal[2, 10]  # AF_INET, AF_INET6
 State = Literal[1, 4, 5, 8, 9, 11]  # MOVABLE_STATES
+Options = Annotated[dict[Name, Annotated[bytes, msgspec.Meta(max_length=16)]], msgspec.Meta(max_length=128)]
+Device = Annotated[bytes, msgspec.Meta(max_length=16)]  # IFNAMSIZ
+Program = Annotated[bytes, msgspec.Meta(max_length=8 * sock_filter.BPF_MAXINSNS)]
 
 SO_BUF_LOCK = 72
 
@@ -28,10 +32,10 @@ MOVABLE_STATES = FIN_RECEIVED | FIN_SENT | {TcpState.ESTABLISHED}
 class SocketAddress(msgspec.Struct, frozen=True):
     """An address as its family writes it; `scope` is the interface's name of a link-local IPv6 address."""
 
-    host: str
+    host: Name
     port: Port
     flow: U32 = 0
-    scope: str = ""
+    scope: Name = ""
 
     @property
     def address(self) -> str:
@@ -80,14 +84,14 @@ class TcpConnection(msgspec.Struct, frozen=True, kw_only=True, tag="tcp-connecti
     sack: bool
     timestamp: U32 | None  # None: not in use
     timestamp_usec: bool
-    captured_at: float  # seconds since the epoch
+    captured_at: Finite  # seconds since the epoch
     window: tuple[U32, U32, U32, U32, U32]  # tcp_repair.RepairWindow
-    window_clamp: U32
-    options: dict[str, bytes]
+    window_clamp: U31
+    options: Options
     reuse_address: bool
-    device: bytes  # SO_BINDTODEVICE; empty: none
-    buffers: tuple[U32, U32, U32]  # SO_RCVBUF, SO_SNDBUF, SO_BUF_LOCK
-    filter: bytes  # the application's own classic BPF program; empty: none
+    device: Device  # SO_BINDTODEVICE; empty: none
+    buffers: tuple[U31, U31, U31]  # SO_RCVBUF, SO_SNDBUF, SO_BUF_LOCK
+    filter: Program  # the application's own classic BPF program; empty: none
     uid: U32
 
 
@@ -96,16 +100,33 @@ class TcpListener(msgspec.Struct, frozen=True, kw_only=True, tag="tcp-listener")
 
     family: Family
     local: SocketAddress
-    backlog: U32 | None
-    options: dict[str, bytes]
+    backlog: U31 | None
+    options: Options
     reuse_address: bool
-    device: bytes
-    buffers: tuple[U32, U32, U32]
-    filter: bytes
+    device: Device
+    buffers: tuple[U31, U31, U31]
+    filter: Program
     uid: U32
 
 
 TcpSocket = TcpConnection | TcpListener
+
+
+def validate(state: TcpSocket) -> None:
+    """ValueError for a received socket that is none: an address that would be looked up, another family's."""
+    ends = [state.local, state.peer] if isinstance(state, TcpConnection) else [state.local]
+    for end in ends:
+        try:
+            socket.inet_pton(state.family, end.host)
+        except OSError:
+            raise ValueError(f"{end} is not of family {state.family}") from None
+        if "\0" in end.scope:
+            raise ValueError(f"an interface {end.scope!r}")
+    for name, value in state.options.items():
+        if name not in OPTIONS or len(value) > OPTIONS[name].size:
+            raise ValueError(f"{len(value)} bytes of a socket option {name}")
+    if len(state.filter) % 8:
+        raise ValueError(f"a filter of {len(state.filter)} bytes")
 
 
 def from_sockaddr(raw: tuple[object, ...]) -> SocketAddress:

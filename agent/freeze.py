@@ -29,7 +29,7 @@ from agent.resources.tcp_socket import is_connection
 from agent.resources.tcp_socket import recognise as is_tcp
 from agent.rounds import Pending, Rounds, unpaced
 from agent.state import ThreadState
-from agent.tracee import stop, wait_event_stop
+from agent.tracee import wait_event_stop
 from agent.unmovable import NotStill, Unmovable
 from agent.visit import Pause
 from transport.frames import LinkClosed
@@ -156,7 +156,20 @@ class FrozenProcess:
                 return
             seized = [tid for tid in fresh if self._seize(tid)]
             self.tids += seized
-            self._stopped_by |= stop(seized, self.deadline)
+            for tid in seized:
+                with contextlib.suppress(ProcessLookupError):
+                    ptrace.interrupt(tid)
+            for tid in seized:
+                self._await_stop(tid)
+
+    def _await_stop(self, tid: int) -> None:
+        """A thread may have ended instead: the process goes without it. TaskEnded if it was the process."""
+        try:
+            self._stopped_by.add(wait_event_stop(tid, self.deadline))
+        except ptrace.TaskEnded:
+            if tid == self.pid:
+                raise
+            self.tids.remove(tid)
 
     def _seize(self, tid: int) -> bool:
         try:

@@ -136,8 +136,11 @@ def test_an_agent_that_is_older_than_the_service_is_refused() -> None:
     assert caught.value.info.kind == "version"
 
 
-def test_a_service_that_is_killed_is_lost_and_its_migration_too() -> None:
-    """The watch finds a new service, which knows that the migration is not its own."""
+def test_a_service_that_is_killed_is_lost_and_its_migration_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch finds a new service, which knows that the migration is not its own, and never hears of its
+    end.
+    """
+    monkeypatch.setattr("migrate.watch.RECOVERED_IN", 0.5)
 
     async def work(agent: Agent) -> None:
         async def connect() -> Agent:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.children import puppet
+from unit.children import puppet, wait_for
 
 from agent import front, scratch
 from agent.api import Event, MoveOptions, Progress, Request, SshOptions
@@ -180,7 +180,8 @@ def test_a_command_line_without_an_end() -> None:
     waiting = ["sh", "-c", "read line", "sh", *[argument] * 10]
     with subprocess.Popen(waiting, stdin=subprocess.PIPE) as process:
         try:
-            assert len(Path(f"/proc/{process.pid}/cmdline").read_bytes()) > 1_000_000
+            line = Path(f"/proc/{process.pid}/cmdline")
+            wait_for(lambda: len(line.read_bytes()) > 1_000_000, "the program")
             assert len(procfs.command_line(process.pid)) == 1 << 17
         finally:
             process.kill()

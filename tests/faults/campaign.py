@@ -24,7 +24,7 @@ from faults.verdict import Ended, Judge, Verdict
 
 COMMAND_WITHIN: Final = 100.0  # seconds
 SETTLED_WITHIN: Final = 15.0  # after the command, and the last fault, have ended
-CLEAN_WITHIN: Final = 15.0  # more, once there is a service on both hosts
+CLEAN_WITHIN: Final = 40.0  # more, once there is a service on both hosts: it looks every 30 s
 _NAME: Final = "faults"
 _INJECT: Final = Path(__file__).with_name("inject")
 _MOVE: Final = ("migrate", "move")
@@ -137,17 +137,25 @@ class Campaign:
     def _judge(self, verdict: Verdict, subject: Subject, sides: dict[Side, Host]) -> None:
         judge, began = Judge(subject, sides), time.monotonic()
         judge.wait(verdict, SETTLED_WITHIN)
-        if verdict.problems and self._start_services():
+        if verdict.problems:
+            self._start_agents(verdict.case, sides)
             verdict.recovered = True
             judge.wait(verdict, CLEAN_WITHIN)
         verdict.settled_s = time.monotonic() - began
         verdict.gap_ms = subject.gap_ms()
 
-    def _start_services(self) -> bool:
-        """Where there is none; whether one was started. A service puts right what dead agents have left."""
+    def _start_agents(self, case: Case, sides: dict[Side, Host]) -> None:
+        """Services where there is none: they put right what dead agents have left. At a destination whose
+        guardian was killed, too, the next agent of a migration does.
+        """
+        for host in sides.values():
+            if not host.agents(["service"]):
+                self._agent(host, "connect")
+        if case.signals("guardian", "destination"):
+            self._agent(sides["destination"], "destination")
+
+    def _agent(self, host: Host, role: str) -> None:
+        """One that is told nothing."""
         assert self._lab is not None
-        missing = [name for name, host in self._hosts.items() if not host.agents(["service"])]
-        for name in missing:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._lab.ask(name, "migrate-agent", "connect", timeout=30)
-        return bool(missing)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._lab.ask(host.name, "migrate-agent", role, timeout=30)

@@ -28,6 +28,7 @@ ENGINES: Final[dict[Side, str]] = {"source": "engine", "destination": "destinati
 SOURCE_ROLES: Final = ("service", "front", "engine", "connect", "coordinator", "recovery", "cleanup")
 DESTINATION_ROLES: Final = ("session", "destination", "settling")
 GUARDIAN: Final = ("guardian",)
+_BRIEF: Final = 0.5  # seconds
 PROCESS: Final = "process"  # stands for the one that is moved, beside the roles
 
 
@@ -135,10 +136,18 @@ class Case:
         """Whether it kills the process itself, of which then none is left unless it had moved."""
         return self.signals(PROCESS)
 
-    def signals(self, role: str) -> bool:
-        """Whether processes of this role are sent a signal."""
+    def signals(self, role: str, side: Side | None = None) -> bool:
+        """Whether processes of this role are sent a signal, on either host or on one."""
         sends = (one for fault in self.faults for one in fault.actions if isinstance(one, Send))
-        return any(role in one.roles for one in sends)
+        return any(role in one.roles and side in (None, one.side) for one in sends)
+
+    @property
+    def quick(self) -> bool:
+        """Whether all goes on at once: nobody waits for a timeout, a service's next look or a new lab."""
+        actions = [one for fault in self.faults for one in fault.actions]
+        last = [one.seconds for one in actions if isinstance(one, Cut | Hold)]
+        waits = any(seconds is None or seconds > _BRIEF for seconds in last)
+        return not (waits or self.signals("guardian") or self.kills_process)
 
     @property
     def rules(self) -> list[tuple[int, Point]]:

@@ -72,7 +72,7 @@ STATES: Final = (
 )
 # The steps of either journal (agent.states.Departure, Destination), by who makes them.
 STEPS: Final = {
-    "engine": ("open", "committed", "live"),
+    "engine": ("open", "frozen", "committed", "live"),
     "destination": ("held", "rest", "committed", "released", "live", "void"),
 }
 STEP_MOMENTS: Final = ("before-step", "after-step")

@@ -119,3 +119,11 @@ def test_chance_reaches_everything() -> None:
 def test_a_sample_has_every_stratum_before_any_twice() -> None:
     strata = {matrix.stratum(case) for case in CASES}
     assert {matrix.stratum(case) for case in cli.sample(1, len(strata))} == strata
+
+
+def test_quick_cases_are_some_of_the_mixed() -> None:
+    """So many as are asked for, none of them a long one."""
+    found = cli.quick(1, 20)
+    assert len(found) == 20
+    assert all(case.quick for case in found)
+    assert not all(case.quick for case in cli.mixed(1, 20))

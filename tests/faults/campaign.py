@@ -138,24 +138,16 @@ class Campaign:
         judge, began = Judge(subject, sides), time.monotonic()
         judge.wait(verdict, SETTLED_WITHIN)
         if verdict.problems:
-            self._start_agents(verdict.case, sides)
+            self._start_services()
             verdict.recovered = True
             judge.wait(verdict, CLEAN_WITHIN)
         verdict.settled_s = time.monotonic() - began
         verdict.gap_ms = subject.gap_ms()
 
-    def _start_agents(self, case: Case, sides: dict[Side, Host]) -> None:
-        """Services where there is none: they put right what dead agents have left. At a destination whose
-        guardian was killed, too, the next agent of a migration does.
-        """
-        for host in sides.values():
-            if not host.agents(["service"]):
-                self._agent(host, "connect")
-        if case.signals("guardian", "destination"):
-            self._agent(sides["destination"], "destination")
-
-    def _agent(self, host: Host, role: str) -> None:
-        """One that is told nothing."""
+    def _start_services(self) -> None:
+        """Where there is none: they put right what dead agents have left."""
         assert self._lab is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._lab.ask(host.name, "migrate-agent", role, timeout=30)
+        missing = [name for name, host in self._hosts.items() if not host.agents(["service"])]
+        for name in missing:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._lab.ask(name, "migrate-agent", "connect", timeout=30)

@@ -16,7 +16,7 @@ _LOG_LINES, _SHOWN = 60, 8
 def line(number: int, verdict: Verdict) -> str:
     """A run in a line; its name is what repeats it alone (`--only`)."""
     fired = "" if len(verdict.fired) >= len(verdict.case.faults) else ", not reached"
-    recovered = ", by the next agent" if verdict.recovered else ""
+    recovered = ", by a service" if verdict.recovered else ""
     times = f"{verdict.ended.seconds:.1f}+{verdict.settled_s:.1f} s, gap {verdict.gap_ms:.0f} ms"
     head = f"{number:5} {verdict.case.name}: {verdict.outcome}{fired}{recovered} ({times})"
     shown = [f"      VIOLATION {problem}" for problem in verdict.problems[:_SHOWN]]

@@ -136,10 +136,10 @@ class Case:
         """Whether it kills the process itself, of which then none is left unless it had moved."""
         return self.signals(PROCESS)
 
-    def signals(self, role: str, side: Side | None = None) -> bool:
-        """Whether processes of this role are sent a signal, on either host or on one."""
+    def signals(self, role: str) -> bool:
+        """Whether processes of this role are sent a signal."""
         sends = (one for fault in self.faults for one in fault.actions if isinstance(one, Send))
-        return any(role in one.roles and side in (None, one.side) for one in sends)
+        return any(role in one.roles for one in sends)
 
     @property
     def quick(self) -> bool:

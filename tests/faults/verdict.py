@@ -75,7 +75,7 @@ class Verdict:
     where: str = ""  # the host that it lives on now
     gap_ms: float = 0.0
     settled_s: float = 0.0
-    recovered: bool = False  # it took the service's next look, or one that was started, or another agent
+    recovered: bool = False  # it took a service's start, or its next look
     evidence: str = ""
 
     @property

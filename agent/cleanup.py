@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Final
 
@@ -85,7 +85,8 @@ def _clean(pid: int, resume: bool) -> Iterator[str]:
         if stopped:
             os.kill(pid, signal.SIGCONT)
             yield "continued it"
-        _await_threads(pid, memory, found)
+        ranges = [*found.frames, *(one.range for one in found.scratches)]
+        await_threads(pid, memory, procfs.threads(pid) if ranges else (), ranges)
         scratches = scratch.find(pid, memory)  # again: a thread may have made the call that maps it only now
         if scratches:
             yield from _leave(pid, memory, scratches)
@@ -175,13 +176,10 @@ def _release(pid: int, fds: list[int]) -> Iterator[int]:
         os.close(process)
 
 
-def _await_threads(pid: int, memory: RemoteMemory, found: Leftovers) -> None:
+def await_threads(pid: int, memory: RemoteMemory, tids: Iterable[int], ranges: list[Range]) -> None:
     """Until no thread is in our code any more: each finds its way back by itself. Busy if one does not."""
     deadline = time.monotonic() + PATIENCE
-    ranges = [*found.frames, *(one.range for one in found.scratches)]
-    if not ranges:
-        return
-    for tid in procfs.threads(pid):
+    for tid in tids:
         with contextlib.suppress(ProcessLookupError):
             while _is_inside(pid, tid, memory, ranges):
                 if time.monotonic() > deadline:

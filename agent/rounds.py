@@ -17,8 +17,8 @@ from typing import Final
 
 import msgspec
 
+from agent import cleanup, protocol, scratch
 from agent import layout as layouts
-from agent import protocol, scratch
 from agent.api import Round
 from agent.bounds import MAX_RANGES
 from agent.descriptors import SourceProcess
@@ -157,10 +157,11 @@ class Rounds:
         return ours
 
     def remove_scratch(self) -> None:
-        """Roll back what `start_tracking` left in the running process. Nothing if it is gone."""
+        """Roll back what `start_tracking` left in the running process. Nothing if it is gone. Busy."""
         try:
             if not scratch.find(self.pid, self.memory):
                 return
+            cleanup.await_threads(self.pid, self.memory, self.tracee.adrift, [self.scratch])
             caller = Caller(self.pid, self.memory, self.tracee.adrift)
             with visit(caller) as tid:
                 scratch.remove(self.pid, self.memory, partial(caller.call, tid))

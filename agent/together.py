@@ -33,7 +33,6 @@ from agent.tracee import (
     keep_going,
     parked,
     return_frame_registers,
-    wait_event_stop,
 )
 
 DATA_SIZE: Final = 1024
@@ -170,12 +169,7 @@ class _Wave:
 
     def _stop_again(self, job: Job, deadline: float) -> None:
         with contextlib.suppress(ProcessLookupError):
-            wait_event_stop(job.tid, deadline + PARK_SECONDS)
-            self._tracee.check_parked(job.tid)
-            ptrace.set_sigmask(job.tid, job.sigmask)
-            # from here it needs its slot no more, which the next wave or batch overwrites
-            ptrace.set_registers(job.tid, job.registers)
-            self._tracee.adrift.discard(job.tid)
+            self._tracee.put_back(job.tid, job.registers, job.sigmask, deadline + PARK_SECONDS)
 
     def _await_flags(self, deadline: float) -> None:
         """Spin until all runners have been through their tables."""

@@ -294,20 +294,24 @@ class Tracee:
         self.adrift.add(tid)
         ptrace.set_sigmask(tid, ALL_SIGNALS)
         ptrace.cont(tid)
-        self._await_flag(tid, control)
-        ptrace.interrupt(tid)
-        wait_event_stop(tid, time.monotonic() + PARK_SECONDS)
-        self.check_parked(tid)
-        ptrace.set_sigmask(tid, mask)
-        self.adrift.discard(tid)
+        try:
+            self._await_flag(tid, control)
+        finally:  # whatever fails: it must not be in the scratch when that is removed
+            ptrace.interrupt(tid)
+            self.put_back(tid, saved, mask, time.monotonic() + PARK_SECONDS)
 
-    def check_parked(self, tid: int) -> None:
-        """A stopped task must still be in its wait for us.
+    def put_back(self, tid: int, registers: Registers, sigmask: int, deadline: float) -> None:
+        """Out of its batch, as far as that got, with a task that was interrupted.
 
-        TimeoutError: it has gone on since, and is to be let go on.
+        TimeoutError: it did not wait for us any longer, and is to be let go on; or it does not stop.
         """
+        wait_event_stop(tid, deadline)
         if not self.scratch <= ptrace.get_registers(tid).rip < self.scratch + PAGE:
             raise TimeoutError(f"task {tid} did not wait any longer: this agent was held up")
+        ptrace.set_sigmask(tid, sigmask)
+        # from here it needs its part of the scratch no more, which the next batch overwrites
+        ptrace.set_registers(tid, registers)
+        self.adrift.discard(tid)
 
     def _await_flag(self, tid: int, control: int) -> None:
         """Spin until the runner has been through its table: microseconds, so no sleep."""

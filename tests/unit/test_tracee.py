@@ -178,6 +178,29 @@ def test_a_failure_names_the_call_and_all_calls_are_made() -> None:
         assert written.startswith(b"/")
 
 
+@pytest.mark.parametrize("state", [asleep, running])
+def test_a_batch_that_cannot_be_watched_is_left(
+    state: Callable[[Stopped], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task is not in the scratch any more when that is removed."""
+
+    def fails(*_: object) -> int:
+        raise OSError(errno.ENOMEM, "reads nothing")
+
+    with spinner() as target:
+        with stopped(target.pid) as task:
+            task.map()
+            caught_while(task, state)
+            before = task.picture()
+            with monkeypatch.context() as patched, pytest.raises(OSError, match="reads nothing"):
+                patched.setattr(RemoteMemory, "read_into", fails)
+                task.run(3)
+            assert task.picture() == before
+            assert not task.tracee.adrift
+            task.unmap()
+        goes_on(target)
+
+
 def test_a_failing_single_call_leaves_no_trace() -> None:
     with spinner() as target, stopped(target.pid) as task:
         before = task.picture()
@@ -257,13 +280,13 @@ def tracer(pid: int, state: Callable[[Stopped], bool], count: int) -> int:
 def test_a_tracer_killed_in_the_middle_of_a_batch(state: Callable[[Stopped], bool]) -> None:
     """At every point; all at once, for each costs the time that a task waits for its tracer."""
     with contextlib.ExitStack() as stack:
-        targets = [stack.enter_context(spinner()) for _ in range(9)]
+        targets = [stack.enter_context(spinner()) for _ in range(10)]
         tracers = [tracer(t.pid, state, count) for count, t in enumerate(targets)]
         statuses = [os.waitpid(pid, 0)[1] for pid in tracers]
         died = time.monotonic()
         killed = [os.WIFSIGNALED(s) and os.WTERMSIG(s) == signal.SIGKILL for s in statuses]
-        # seven operations and the moment before them; the eighth never comes
-        assert killed == [True] * 8 + [False], statuses
+        # eight operations and the moment before them; the ninth never comes
+        assert killed == [True] * 9 + [False], statuses
         assert os.WEXITSTATUS(statuses[-1]) == 0
         for target in targets:
             goes_on(target)

@@ -159,8 +159,10 @@ def _receive(connection: socket.socket) -> bytes:
 
 def _send(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        _copy(0, connection.fileno())
-        connection.shutdown(socket.SHUT_WR)
+        try:
+            _copy(0, connection.fileno())
+        finally:  # whoever dies with something unread is no end but an error (unix(7), ECONNRESET)
+            connection.shutdown(socket.SHUT_WR)
 
 
 def _copy(reading: int, writing: int) -> None:

@@ -35,7 +35,10 @@ def places(tmp_path: Path) -> Iterator[Places]:
     until(lambda: not found.lock.exists() and not found.socket.exists(), "the service ends by itself")
 
 
-def connect(places: Places, scenario: str = "migrated", **environment: str) -> subprocess.Popen[bytes]:
+def connect(
+    places: Places, scenario: str = "migrated", ends: int = subprocess.PIPE, **environment: str
+) -> subprocess.Popen[bytes]:
+    """`ends`: its standard input and output."""
     return subprocess.Popen(
         [sys.executable, str(STAND_IN), scenario, "connect"],
         env={
@@ -45,8 +48,8 @@ def connect(places: Places, scenario: str = "migrated", **environment: str) -> s
             "PYTHONPATH": str(STAND_IN.parents[2]),
             **environment,
         },
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdin=ends,
+        stdout=ends,
         stderr=subprocess.PIPE,
     )
 
@@ -93,6 +96,18 @@ def test_bytes_pass_both_ways(places: Places) -> None:
         )
         assert json.loads(process.stdout.read(length)) == said["health"]
     assert close(process) == b""
+
+
+def test_it_ends_with_a_peer_that_dies_and_has_not_read_the_answer(places: Places) -> None:
+    """Long before the service closes a connection on which nothing more is asked."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            process = connect(places, ends=theirs.fileno())
+        ours.sendall(ASK)
+        until(lambda: b"HTTP/1.1 200" in ours.recv(65536, socket.MSG_PEEK), "the answer")
+    process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
 
 
 def test_the_address_of_the_ssh_connection_is_told(places: Places) -> None:

@@ -73,7 +73,7 @@ class Campaign:
         self._judge(verdict, subject, sides)
         if verdict.problems or self._keep:
             verdict.evidence = evidence.of(verdict, subject, self._hosts)
-        if verdict.problems or case.kills_process:
+        if verdict.problems or case.kills_process or case.cuts_for_good:
             self._down()
         return verdict
 

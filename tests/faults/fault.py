@@ -142,6 +142,12 @@ class Case:
         return any(role in one.roles for one in sends)
 
     @property
+    def cuts_for_good(self) -> bool:
+        return any(
+            isinstance(one, Cut) and one.seconds is None for fault in self.faults for one in fault.actions
+        )
+
+    @property
     def quick(self) -> bool:
         """Whether all goes on at once: nobody waits for a timeout, a service's next look or a new lab."""
         actions = [one for fault in self.faults for one in fault.actions]

@@ -54,6 +54,11 @@ class Process:
     def runs(self) -> bool:
         return self.state not in "TtZX" and not self.tracer
 
+    @property
+    def is_session(self) -> bool:
+        """sshd's, of one connection."""
+        return re.search(ROLES["session"], self.command) is not None
+
     def __str__(self) -> str:
         traced = f", traced by {self.tracer}" if self.tracer else ""
         return (
@@ -201,10 +206,12 @@ class Host:
         self._before = self.picture()
         self._own = {one.pid for one in self.processes()}
 
-    def changes(self) -> list[str]:
-        """What is there that was not, or the other way round."""
+    def changes(self, without: Iterable[str] = ()) -> list[str]:
+        """What is there that was not, or the other way round, `without` some kinds."""
         now, found = self.picture(), []
         for kind, lines in self._before.items():
+            if kind in without:
+                continue
             found += [f"{self.name}: {kind}: new: {line}" for line in sorted(now[kind] - lines)]
             found += [f"{self.name}: {kind}: gone: {line}" for line in sorted(lines - now[kind])]
         return found

@@ -13,7 +13,7 @@ from faults import cli, evidence
 from faults.campaign import Campaign
 from faults.fault import Case
 
-SEED, RUNS = 1, 34
+SEED, RUNS = 1, 30
 
 
 @pytest.fixture(scope="module")

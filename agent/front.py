@@ -53,14 +53,15 @@ class EventWriter:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.last: Event | None = None
+        self.final: Finished | None = None
         self.broken = False  # nobody reads any more
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def write(self, event: Event, line: bytes) -> None:
-        self.last = event
+        if isinstance(event, Finished):
+            self.final = event
         if not (isinstance(event, Progress) and self._lines.qsize() > MAX_WAITING):
             self._lines.put(line + b"\n")
 
@@ -183,8 +184,8 @@ async def serve(
         return EXIT_BAD_REQUEST
     finally:
         writer.close()
-    if writer.broken and name is not None and isinstance(writer.last, Finished):
-        Store(places.default().reports).finish(name, writer.last.report)  # its service has died
+    if writer.broken and name is not None and writer.final is not None:
+        Store(places.default().reports).finish(name, writer.final.report)  # its service has died
     return 0
 
 

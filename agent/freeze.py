@@ -305,10 +305,14 @@ class FrozenProcess:
         """Not held any more, if it was: before the first thread is let go, which would stop them all."""
         if self._held:
             self._held, self._lifted = False, True
-            for tid in self.tids:
-                with contextlib.suppress(ProcessLookupError):
-                    self._put_back(tid, deadline)
-                    hold.lift(tid)
+            with contextlib.ExitStack() as steps:  # one that fails is no reason to leave the others held
+                for tid in self.tids:
+                    steps.callback(self._lift, tid, deadline)
+
+    def _lift(self, tid: int, deadline: float) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._put_back(tid, deadline)
+            hold.lift(tid)
 
     def _forget_tasks(self) -> None:
         self.tids.clear()

@@ -160,20 +160,26 @@ class Migration:
             raise error
 
     def _roll_back(self) -> None:
-        """Each step is done, whatever the others raise: what fails is said, the report comes in any case."""
+        """Each step is done, whatever the others raise: what fails is said, the report comes in any case.
+
+        The journal stays then, and with it the guardian, who puts in order what we could not.
+        """
         steps: list[tuple[str, Callable[[], None]]] = []
         if self.frozen is not None:
             steps.append(("resuming the process", self.frozen.thaw))
         steps.append(("letting the network go", self.network.release))
         if self.rounds is not None:
             steps += [("removing the scratch", self.rounds.remove_scratch), ("closing", self.rounds.close)]
-        steps.append(("telling the destination", self._tell_off))
+        done = True
         for what, step in steps:
             try:
                 step()
             except Exception as error:
+                done = False
                 self.emit(Log(level="error", message=f"rolling back, {what}: {_message(error)}"))
-        self._forget()
+        self._tell_off()
+        if done:
+            self._forget()
 
     def _forget(self) -> None:
         """Nothing of this migration is left to be put in order."""
@@ -181,7 +187,7 @@ class Migration:
             self._journal.remove()
 
     def _tell_off(self) -> None:
-        with contextlib.suppress(LinkClosed):
+        with contextlib.suppress(LinkClosed, PeerFailed):
             self.link.send(protocol.Failed("rolled-back", "the source gave up"))
 
     def _finish(

@@ -5,6 +5,7 @@ step.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,7 @@ from unit.moving import Destination, Move, Program, running
 
 from agent import hold, journal, protocol, recovery, settle, shadow, states
 from agent.api import MoveOptions, Outcome, Report
+from agent.destination import Incoming
 from agent.freeze import FrozenProcess
 from agent.journal import Arrival, Departure, Entry
 from agent.kernel import procfs
@@ -175,4 +177,22 @@ def test_a_destination_that_hangs_is_asked(
     assert procfs.stat(program.pid).state == "T"
     assert recovery.recover(name).outcome is Outcome.ROLLED_BACK
     assert gone(report.destination.pid or 0)
+    program.progress()
+
+
+def test_a_rollback_that_fails_is_ended_by_the_guardian(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is held by then: nobody else would let it go on."""
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "not now")
+
+    def in_destination() -> None:
+        monkeypatch.setattr(Incoming, "_complete", fails)
+
+    monkeypatch.setattr(FrozenProcess, "thaw", fails)
+    name, report = moved(program, tmp_path, options=MoveOptions(), prepare=in_destination)
+    assert report.outcome is Outcome.ROLLED_BACK
+    wait_for(lambda: journal.find(Departure, name) is None, "the guardian")
     program.progress()

@@ -47,6 +47,7 @@ class MoveOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     downtime_limit_ms: Milliseconds = 50.0
     max_rounds: Annotated[int, Meta(ge=0, le=1_000_000)] = 30
     freeze_timeout_ms: Milliseconds = 2000.0
+    reconnect_ms: Milliseconds = 20000.0  # how long to try, if the link breaks in pre-copy; 0: not at all
     # bytes per second on the link during pre-copy; None: no limit
     bandwidth: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
     compression: Literal["zstd", "none"] = "zstd"
@@ -129,6 +130,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: Count = 0
     bytes_sent: Count = 0
     rounds: tuple[Round, ...] = ()
+    reconnects: Count = 0
     phases: tuple[Phase, ...] = ()
     address_moved: tuple[str, ...] = ()
     verified_pages: Count | None = None

@@ -10,7 +10,8 @@ import time
 from typing import Final
 
 from agent.capture import namespace_offset
-from agent.protocol import Link, Ping, Pong
+from agent.link import Link
+from agent.protocol import Ping, Pong
 
 _SAMPLES: Final = 8
 

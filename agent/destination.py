@@ -23,19 +23,22 @@ from agent import checks, inventory, journal, privileges, protocol
 from agent.api import Blocker, Notice
 from agent.clocks import boottime_ns
 from agent.descriptors import Rebuilding, Refusal, not_agreed
+from agent.doorway import Doorway, Duplex
 from agent.finishing import Finish
 from agent.guardian import Guardian
 from agent.journal import Arrival, Entry, Overtaken, Rest, Socket, Task
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import PAGE
 from agent.layout import Mapping, find_gap
+from agent.link import Link, Resumption
 from agent.network import DestinationNetwork
 from agent.pageset import Range
 from agent.phases import Phases
-from agent.protocol import Link, Pages, PeerFailed
+from agent.protocol import Pages, PeerFailed
 from agent.resources import files as file_resource
 from agent.resources import identity, pipe
 from agent.resources.files import FileRef, IncomingFile
+from agent.resources.tcp import TcpListener
 from agent.resources.tcp_socket import bound_to
 from agent.server.store import ID, new_id
 from agent.shadow import Shadow
@@ -51,8 +54,9 @@ _MAX_NOTICES = 1000  # about what came late; more would be somebody's doing
 
 def serve(reading: int, writing: int) -> None:
     """Serve one migration on a pair of descriptors (often the same socket); returns when it is over."""
-    link = Link(_Duplex(reading, writing))  # type: ignore[arg-type]
-    migration = Incoming(link)
+    duplex: Any = Duplex(reading, writing)
+    link = Link(duplex)
+    migration = Incoming(link, duplex)
     try:
         migration.run()
     except (LinkClosed, PeerFailed) as error:
@@ -70,35 +74,13 @@ def _say_failed(link: Link, error: Exception) -> None:
         link.send(protocol.Failed(str(kind), str(error) or type(error).__name__))
 
 
-class _Duplex:
-    """A read and a write descriptor with the few methods of a socket that Link uses."""
-
-    def __init__(self, reading: int, writing: int) -> None:
-        self._reading, self._writing = reading, writing
-
-    def fileno(self) -> int:
-        return self._reading
-
-    def recv_into(self, buffer: memoryview) -> int:
-        return os.readv(self._reading, [buffer])
-
-    def sendmsg(self, parts: list[memoryview]) -> int:
-        return os.writev(self._writing, parts)
-
-    def settimeout(self, seconds: float | None) -> None:
-        """The source decides about time; we wait for it."""
-
-    def close(self) -> None:
-        os.close(self._reading)
-        if self._writing != self._reading:
-            os.close(self._writing)
-
-
 class Incoming:
     """One migration, from the destination's point of view."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, duplex: Duplex | None = None) -> None:
+        """Over `duplex` it can be found again if its source loses the link."""
         self.link = link
+        self._duplex = duplex
         self.files: list[FileRef] = []
         self._fds: dict[int, int] = {}
         self.shadow: Shadow | None = None
@@ -108,6 +90,7 @@ class Incoming:
         self.rebuild: protocol.Rebuild | None = None
         self._entry: Entry[Arrival] | None = None
         self._guardian: Guardian | None = None
+        self._doorway: Doorway | None = None
         self._late: list[Notice] = []
         # of files that we have for ourselves, when compared
         self._stamps: dict[str, tuple[int, int, int] | None] = {}
@@ -116,6 +99,7 @@ class Incoming:
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             protocol.Ping: self._ping,
             protocol.NewFiles: self._new_files,
+            protocol.Also: self._also,
             protocol.Layout: self._layout,
             protocol.Discard: self._discard,
             protocol.Guards: self._guards,
@@ -177,25 +161,32 @@ class Incoming:
                 notices=tuple(_notices(offer)),
                 missing=missing,
                 unshared=unshared,
+                takes_more=True,
             )
         )
         if not blockers:
             self._receive_files(missing)
         self._stamps = {path: file_resource.stamp(path) for path in unshared}
         self._refused = bool(blockers)
-        self._remember(offer)
+        self._agree(offer.opened, offer.directories, offer.fifos, offer.listeners)
+        self.context.addresses = frozenset(self.network.agreed)
 
-    def _remember(self, offer: protocol.Offer) -> None:
-        """What of the offer was agreed to; nothing else will be opened, made or bound later."""
+    def _agree(
+        self,
+        opened: Iterable[FileRef],
+        directories: Iterable[str],
+        fifos: Iterable[pipe.Fifo],
+        listeners: Iterable[TcpListener],
+    ) -> None:
+        """To what was compared and tried; nothing else will be opened, made or bound later."""
         context = self.context
-        for file in offer.opened:
+        for file in opened:
             with contextlib.suppress(OSError):
                 found = os.stat(file.path)
                 context.agreed[file.path] = (found.st_dev, found.st_ino)
-        context.directories = frozenset(offer.directories)
-        context.fifos = {one.path: one for one in offer.fifos}
-        context.listening = frozenset(bound_to(one) for one in offer.listeners)
-        context.addresses = frozenset(self.network.agreed)
+        context.directories |= set(directories)
+        context.fifos |= {one.path: one for one in fifos}
+        context.listening |= {bound_to(one) for one in listeners}
 
     def _receive_files(self, missing: tuple[str, ...]) -> None:
         assert self._offer is not None
@@ -244,13 +235,28 @@ class Incoming:
         self._guardian = Guardian("incoming", name)
         self.shadow.settle(offer.pid, code, seed_at, offer.specials, message.layout)
         self.shadow.make_threads(offer.tids)  # in the freeze only what changed
+        self._be_found(name, message.reconnect_s)
         self.link.send(
             protocol.Prepared(
                 pid=self.shadow.pid,
                 new_pid_namespace=self.shadow.new_pid_namespace,
                 boot=journal.boot_id(),
+                resumable=self._doorway is not None,
             )
         )
+
+    def _be_found(self, name: str, patience: float) -> None:
+        """By a source that lost its link, until the freeze; only if it will come back."""
+        if patience and self._duplex is not None:
+            self._doorway = Doorway(name, patience)
+            self._duplex.doorway = self._doorway
+            renew: Any = self._doorway.wait
+            self.link.make_resumable(Resumption(renew, reread=_no_pages))
+
+    def _close_doorway(self) -> None:
+        self.link.make_final()
+        if self._doorway is not None:
+            self._doorway.close()
 
     @property
     def _built(self) -> Shadow:
@@ -265,6 +271,20 @@ class Incoming:
             if blocker is not None:
                 raise Refusal(blocker.kind, f"{blocker.what}: {blocker.why}")
             self.files.append(file)
+
+    def _also(self, message: protocol.Also) -> None:
+        """What of it cannot be had may be closed again before the freeze."""
+        _check_paths([*(file.path for file in message.opened), *(one.path for one in message.fifos)])
+        opened = [f for f in message.opened if file_resource.compare_opened(f, copy_files=False) is None]
+        unshared = tuple(dict.fromkeys(f.path for f in opened if not file_resource.shared(f)))
+        self._agree(
+            opened,
+            filter(os.path.isdir, message.directories),
+            [one for one in message.fifos if pipe.compare(one) is None],
+            [one for one in message.listeners if not self.network.check((), (one,))],
+        )
+        self._stamps |= {path: file_resource.stamp(path) for path in unshared}
+        self.link.send(protocol.Agreed(unshared))
 
     def _layout(self, message: protocol.Layout) -> None:
         assert self._offer is not None
@@ -312,6 +332,7 @@ class Incoming:
 
     def _rebuild(self, message: protocol.Rebuild) -> None:
         gc.disable()
+        self._close_doorway()
         self.rebuild = message
         self._leave_stopped = message.leave_stopped
         for path, stamp in self._stamps.items():
@@ -427,6 +448,7 @@ class Incoming:
                 self._entry.remove()
         self._let_go()
         self.network.close()
+        self._close_doorway()
         self.link.close()
         if self._guardian is not None:
             unsettled = self._entry is not None and self._entry.state == Destination.RELEASED
@@ -449,6 +471,10 @@ class Incoming:
             os.close(self.context.sockets.pop()[0])
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _no_pages(ranges: list[Range]) -> tuple[list[Range], bytearray]:
+    raise AssertionError("a destination sends no pages")
 
 
 def _check_offer(offer: protocol.Offer) -> None:

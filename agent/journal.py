@@ -67,6 +67,7 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True):
     destination: str
     ssh: SshOptions
     boot: str  # boot id of the destination's host
+    awaited: bool = False  # there, if the link breaks
     addresses: tuple[ServiceAddress, ...]
 
 

@@ -115,10 +115,18 @@ def source(name: str | None) -> None:
 
 
 @main.command()
-def destination() -> None:
+@click.option(
+    "--resume", metavar="MIGRATION", help="Be the new connection of one whose source has lost its link."
+)
+def destination(resume: str | None) -> None:
     """Receive a process: binary frames on standard input and output."""
     from agent import privileges
 
+    if resume is not None:
+        from agent import doorway
+
+        privileges.leave_starting(privileges.NOTHING)
+        sys.exit(doorway.hand_over(resume))
     privileges.enter(privileges.DESTINATION)
     reading, writing = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -202,7 +202,7 @@ class DestinationNetwork:
         ]
         asked = [*(tcp.can_listen(one) for one in listeners), *(tcp.can_connect(one) for one in connections)]
         found += [b for b in asked if b is not None]
-        if self._places:
+        if self._places and self._announcer is None:
             self._announcer, self._injector = Announcer(), Injector()
         return found
 

@@ -38,6 +38,7 @@ DESTINATION: Final = Role(
     ),
     frozenset(NAMES),
 )
+NOTHING: Final = Role(frozenset())
 
 
 def enter(role: Role) -> None:

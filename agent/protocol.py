@@ -11,6 +11,9 @@
     NewFiles, Layout, Discard, pages ... ->  pre-copy; each round ends in
     RoundEnd          ------------------->
                       <-------------------   RoundDone
+    Also              ------------------->   between two rounds: what the process has opened
+                      <-------------------   Agreed
+    Resumed           <------------------>   first of all over a new connection, if one breaks in pre-copy
                           (source frozen)
     Rebuild           ------------------->   the process
     Descriptors ...   ------------------->   as they are captured
@@ -34,12 +37,7 @@ message is read where it is missing, and ignored where it is not known.
 
 from __future__ import annotations
 
-import contextlib
-import select
-import socket
-import time
-from collections.abc import Sequence
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -59,6 +57,7 @@ from agent.bounds import (
     MAX_THREADS,
     U31,
     U32,
+    U63,
     U64,
     BootId,
     Digest,
@@ -79,9 +78,7 @@ from agent.resources.service_address import ServiceAddress
 from agent.resources.tcp import TcpConnection, TcpListener
 from agent.shadow import Special
 from agent.state import Limits, LockFuture, ProcessState, ThreadState, Tids
-from transport import frames
-from transport.codec import Decoder
-from transport.frames import Kind, LinkClosed, ProtocolError
+from transport.frames import ProtocolError
 
 VERSION: Final = 2
 MIN_VERSION: Final = VERSION - 1  # of those that are understood
@@ -136,6 +133,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):
     notices: Notices
     missing: Paths  # files to be sent
     unshared: Paths  # files that the destination has, or will have, for itself
+    takes_more: bool = False  # it understands Also
 
 
 class FileData(msgspec.Struct, frozen=True, kw_only=True, tag="file-data"):
@@ -158,18 +156,33 @@ class Prepare(msgspec.Struct, frozen=True, kw_only=True, tag="prepare"):
     boottime_delta: I63
     session_leader: bool
     layout: Mappings
+    reconnect_s: Annotated[int, Meta(ge=0, le=100_000)] = 0  # wait so long for a source that lost its link
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag="prepared"):
     pid: U31
     new_pid_namespace: bool
     boot: BootId = ""  # the host's boot id, proc_sys_kernel(5)
+    resumable: bool = False  # it waits for a source that lost its link
 
 
 class NewFiles(msgspec.Struct, frozen=True, tag="new-files"):
     """Files mapped since the Offer; they extend its list."""
 
     files: Files
+
+
+class Also(msgspec.Struct, frozen=True, kw_only=True, tag="also"):
+    """What the process has opened since the Offer. What cannot be had is simply not agreed to."""
+
+    opened: Files = []
+    directories: Paths = ()
+    fifos: Annotated[tuple[Fifo, ...], Meta(max_length=MAX_FILES)] = ()
+    listeners: Annotated[tuple[TcpListener, ...], Meta(max_length=MAX_SOCKETS)] = ()
+
+
+class Agreed(msgspec.Struct, frozen=True, tag="agreed"):
+    unshared: Paths  # as in an Answer
 
 
 class Layout(msgspec.Struct, frozen=True, tag="layout"):
@@ -192,6 +205,12 @@ class RoundEnd(msgspec.Struct, frozen=True, tag="round-end"):
 
 class RoundDone(msgspec.Struct, frozen=True, tag="round-done"):
     number: U31
+
+
+class Resumed(msgspec.Struct, frozen=True, tag="resumed"):
+    """The first frame over another connection. `received`: how many frames came whole over those before."""
+
+    received: U63
 
 
 class Rebuild(msgspec.Struct, frozen=True, kw_only=True, tag="rebuild"):
@@ -280,11 +299,14 @@ Message = (
     | Prepare
     | Prepared
     | NewFiles
+    | Also
+    | Agreed
     | Layout
     | Discard
     | Guards
     | RoundEnd
     | RoundDone
+    | Resumed
     | Rebuild
     | Threads
     | Descriptors
@@ -301,7 +323,6 @@ Message = (
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-M = TypeVar("M")
 
 
 class Pages(msgspec.Struct, frozen=True):
@@ -331,112 +352,6 @@ class PeerFailed(Exception):
         self.kind = failed.kind
 
 
-class Link:
-    """The binary stream to the other agent: blocking, one thread, frames in and out.
-
-    LinkClosed when the other end is gone; ProtocolError for anything that is not the protocol.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self._decoder = Decoder()
-        self.bytes_sent = 0
-        self.sending_s = 0.0  # that the link took no more data
-
-    def send(self, message: Message) -> None:
-        self._write(frames.encode(Kind.MESSAGE, _encoder.encode(message)))
-
-    def send_pages(
-        self, kind: Kind, ranges: Sequence[tuple[int, int]], data: bytes | memoryview, raw_size: int
-    ) -> None:
-        table = frames.encode_ranges(ranges)
-        self._write(frames.header(kind, (table, data), raw_size), table, data)
-
-    def _write(self, *parts: bytes | memoryview) -> None:
-        """All of the parts, without joining them first: pages are not copied again."""
-        began = time.perf_counter()
-        rest = [memoryview(part) for part in parts]
-        self.bytes_sent += sum(map(len, rest))
-        try:
-            while rest:
-                rest = _without(rest, self._socket.sendmsg(rest))
-        except TimeoutError:
-            raise LinkClosed("the link takes no more data: it is stalled") from None
-        except OSError as error:
-            self._hear_why()
-            raise LinkClosed(f"the link broke: {error.strerror}") from error
-        self.sending_s += time.perf_counter() - began
-
-    def _hear_why(self) -> None:
-        """PeerFailed if the other end said why before it went."""
-        with contextlib.suppress(LinkClosed, ProtocolError):
-            while self.readable():
-                message = self.receive()
-                if isinstance(message, Failed):
-                    raise PeerFailed(message)
-
-    def receive(self) -> Message | Pages:
-        header, body = frames.read_frame(self._read)
-        if header.kind is Kind.MESSAGE:
-            return decode(body)
-        ranges, data = frames.decode_ranges(body)
-        if sum(end - start for start, end in ranges) != header.raw_size:
-            raise ProtocolError("the ranges do not add up to the pages")
-        return Pages(ranges, self._decoder.decode(header.kind, data, header.raw_size))
-
-    def expect(self, kind: type[M], deadline: float | None = None) -> M:
-        """The next message, which must be a `kind`; PeerFailed if the other end gave up instead.
-
-        TimeoutError if it is not there by `deadline` (time.monotonic()).
-        """
-        if deadline is not None and not self.readable(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(f"no {kind.__name__} from the other agent in time")
-        message = self.receive()
-        if isinstance(message, Failed):
-            raise PeerFailed(message)
-        if not isinstance(message, kind):
-            raise ProtocolError(f"{type(message).__name__} where {kind.__name__} was due")
-        return message
-
-    def readable(self, timeout: float = 0.0) -> bool:
-        return bool(select.select([self._socket], [], [], timeout)[0])
-
-    def set_timeout(self, seconds: float | None) -> None:
-        self._socket.settimeout(seconds)
-
-    def _read(self, size: int) -> bytes:
-        """Into one buffer. A larger one than for pages is made only as there is something to put into it."""
-        buffer = bytearray(min(size, frames.MAX_PAGES_BODY))
-        self._fill(memoryview(buffer))
-        while len(buffer) < size:
-            before = len(buffer)
-            buffer += bytes(min(before, size - before))
-            self._fill(memoryview(buffer)[before:])
-        return buffer  # type: ignore[return-value]
-
-    def _fill(self, view: memoryview) -> None:
-        while view:
-            try:
-                count = self._socket.recv_into(view)
-            except OSError as error:
-                raise LinkClosed(f"the link broke: {error}") from error
-            if not count:
-                raise LinkClosed("the other agent closed the link")
-            view = view[count:]
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def _without(parts: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the parts after their first `count` bytes."""
-    while parts and count >= len(parts[0]):
-        count -= len(parts.pop(0))
-    if count:
-        parts[0] = parts[0][count:]
-    return parts
-
-
 class _Greeting(msgspec.Struct):
     """What an Offer and an Answer have in every version."""
 
@@ -445,6 +360,10 @@ class _Greeting(msgspec.Struct):
 
 
 _greetings: Final = msgspec.msgpack.Decoder(_Greeting)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
 
 
 def decode(body: memoryview | bytes) -> Message:

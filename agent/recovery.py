@@ -25,7 +25,7 @@ from typing import Final, Literal
 import msgspec
 
 from agent import cleanup, journal, states
-from agent.api import Outcome
+from agent.api import Outcome, SshOptions
 from agent.bounds import MALFORMED
 from agent.cleanup import Busy
 from agent.journal import Departure, Entry
@@ -36,6 +36,7 @@ from agent.tracee import InjectedCallFailed
 from transport.link_errors import LinkError
 
 Live = Literal["source", "destination"]
+CALL_OFF_TIMEOUT: Final = 4.0
 ANSWER_TIMEOUT: Final = 60.0  # seconds; the other end may have to wait for its agent
 REMEMBERED: Final = 86400.0  # seconds that a destination is sought to be told how it ended
 _DEATH: Final = 30.0
@@ -66,13 +67,17 @@ def recover(migration: str, live: Live | None = None) -> Recovery:
         if decision is Recovering.ASK:
             return asyncio.run(_by_destination(entry))
         why = "nothing had been committed" if live is None else f"by a person's word: {live}"
-        return _act(entry, decision, why)
+        done = _act(entry, decision, why)
+    if entry.content.awaited and decision is Recovering.RESUME and live is None:
+        call_off(entry.content.destination, entry.content.ssh, migration)
+    return done
 
 
 async def _by_destination(entry: Entry[Departure]) -> Recovery:
     name = entry.content.destination
+    content = entry.content
     try:
-        async with _verdict(entry) as (verdict, settled):
+        async with _verdict(name, content.ssh, entry.migration, content.boot) as (verdict, settled):
             done = _act(entry, recovered(entry.state, verdict.state), f"{name}: {verdict.evidence}")
             if done.outcome is not Outcome.IN_DOUBT:
                 settled()
@@ -92,21 +97,39 @@ def _act(entry: Entry[Departure], decision: Recovering, why: str, keep: bool = F
             return Recovery(Outcome.IN_DOUBT, why)
 
 
+def call_off(destination: str, options: SshOptions, migration: str) -> None:
+    """Tell a destination that may wait for its source to come back that it will not.
+
+    It would find out by itself, later: that it cannot be reached is no error.
+    """
+    asyncio.run(_call_off(destination, options, migration))
+
+
+async def _call_off(destination: str, options: SshOptions, migration: str) -> None:
+    with contextlib.suppress(LinkError, TimeoutError, EOFError, OSError):
+        async with asyncio.timeout(CALL_OFF_TIMEOUT):
+            async with _verdict(destination, options, migration, "") as (verdict, settled):
+                if verdict.state == "void":
+                    settled()
+
+
 @contextlib.asynccontextmanager
-async def _verdict(entry: Entry[Departure]) -> AsyncIterator[tuple[Verdict, Callable[[], None]]]:
+async def _verdict(
+    destination: str, options: SshOptions, migration: str, boot: str
+) -> AsyncIterator[tuple[Verdict, Callable[[], None]]]:
     """The destination's word, and what tells it that nobody will ask again. LinkError, TimeoutError,
     EOFError.
     """
     from transport import ssh
     from transport.target import parse_host
 
-    content, target, said = entry.content, parse_host(entry.content.destination), [""]
-    if content.ssh.auth_socket:
-        os.environ["SSH_AUTH_SOCK"] = content.ssh.auth_socket
+    target, said = parse_host(destination), [""]
+    if options.auth_socket:
+        os.environ["SSH_AUTH_SOCK"] = options.auth_socket
     ours, theirs = socket.socketpair()
-    command = ssh.agent_command(content.ssh, ("settle", entry.migration, "--boot", content.boot))
+    command = ssh.agent_command(options, ("settle", migration, "--boot", boot))
     async with asyncio.timeout(ANSWER_TIMEOUT):
-        connection = await ssh.connect(target, content.ssh)
+        connection = await ssh.connect(target, options)
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
             bridge = await ssh.open_bridge(connection, target, command, theirs, said.append)

@@ -29,8 +29,8 @@ from agent.kernel.arch import x86_64 as arch
 from agent.kernel.memory import RemoteMemory
 from agent.kernel.procfs import MapsLine
 from agent.layout import Mapping
+from agent.link import Link
 from agent.pageset import PageSet, Range, pages_in
-from agent.protocol import Link
 from agent.resources import mappings
 from agent.resources.mappings import FileTable
 from agent.resources.waits import History
@@ -255,6 +255,7 @@ class Rounds:
         flags = self._background.submit(self._read_flags)
         self.link.send(protocol.RoundEnd(number))
         self.link.expect(protocol.RoundDone)
+        self.link.arrived()
         done_at = time.monotonic()
         # what was in buffers when all was sent counts too: it is the time until the last byte was dealt with
         self.encoder.observe(self.link.bytes_sent - bytes_before, sending + done_at - sent_at)

@@ -9,8 +9,8 @@ from typing import Final
 from agent.kernel.arch.x86_64 import PAGE
 from agent.kernel.memory import MemoryFault, RemoteMemory
 from agent.layout import Mapping
+from agent.link import Link
 from agent.pageset import PageSet, Range, chunks, pages_in
-from agent.protocol import Link
 from agent.tracking import without
 from transport.codec import Encoder
 
@@ -78,22 +78,29 @@ class PageSender:
             return self._read_singly(part, frozen)
 
     def _read_singly(self, part: list[Range], frozen: bool) -> list[Range]:
-        """Range by range, through protections; a hole costs its own pages only, not what lies behind it."""
-        done: list[Range] = []
-        position = 0
-        for begin, end in part:
+        done, data = self.reread(part)
+        if frozen and (gone := without(part, done)):
+            raise Vanished(f"the page at {gone[0][0]:#x} cannot be read")
+        self._buffer[: len(data)] = data
+        return done
+
+    def reread(self, ranges: Sequence[Range]) -> tuple[list[Range], bytearray]:
+        """What of them can be read, and its content.
+
+        Range by range, through protections; a hole costs its own pages only, not what lies behind it.
+        """
+        done, content = list[Range](), bytearray()
+        for begin, end in ranges:
             start = begin
             while start < end:
                 data = self._read_some(start, end)
                 if not data:
-                    if frozen:
-                        raise Vanished(f"the page at {start:#x} cannot be read")
                     start += PAGE
                     continue
-                self._buffer[position : position + len(data)] = data
+                content += data
                 done.append((start, start + len(data)))
-                position, start = position + len(data), start + len(data)
-        return done
+                start += len(data)
+        return done, content
 
     def _read_some(self, start: int, end: int) -> bytes:
         """Whole pages from `start` on, as many as can be read; none if it is not mapped."""

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import platform
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 
-from agent import checks, inventory, journal, protocol, states
+from agent import inventory, journal, protocol, recovery, states
 from agent.api import Blocker as ApiBlocker
 from agent.api import (
     Checked,
@@ -43,12 +45,12 @@ from agent.dirty_tracking import mechanism
 from agent.freeze import FrozenProcess
 from agent.guardian import Guardian
 from agent.journal import Departure, Entry, Task
-from agent.kernel import procfs
+from agent.link import Link, Resumption
 from agent.network import SourceNetwork
+from agent.offering import Offering
 from agent.ownership import foreign
 from agent.precopy import Convergence, Decision, Measured
-from agent.protocol import Link, PeerFailed
-from agent.resources.files import FileRef, read_chunks, stamp
+from agent.protocol import PeerFailed
 from agent.rounds import Rounds
 from agent.server.store import new_id
 from agent.states import Source, Steps
@@ -58,8 +60,11 @@ from transport.codec import Encoder
 from transport.frames import LinkClosed, ProtocolError
 
 Emit = Callable[[Event], None]
+# aborted -> the socket of a new link; None if it was aborted; LinkClosed if there is none
+Renewal = Callable[[Callable[[], bool]], socket.socket | None]
 
 _SHOWN = 5  # of what stands in the way, in one line; the report has all
+NOTICING_S = 25.0  # that we may know of a broken link later than the destination does: three keepalives
 STALL_SECONDS = 120.0  # that nothing at all moves on the link before the freeze
 FIXED_COST_MS = 15.0  # of a freeze before this migration has measured anything
 
@@ -77,13 +82,19 @@ class Aborted(Exception):
 
 
 def run(
-    request: Request, link: socket.socket, emit: Emit, aborted: Callable[[], bool], name: str | None = None
+    request: Request,
+    link: socket.socket,
+    emit: Emit,
+    aborted: Callable[[], bool],
+    name: str | None = None,
+    renewal: Renewal | None = None,
 ) -> None:
     """Do what was asked and say how it went: every way out emits exactly one Checked or Finished.
 
-    `name` is the migration's, for the journals of both hosts.
+    `name` is the migration's, for the journals of both hosts. Without a `renewal` a link that breaks is the
+    end.
     """
-    migration = Migration(request, Link(link), emit, aborted, name or new_id())
+    migration = Migration(request, Link(link), emit, aborted, name or new_id(), renewal)
     try:
         migration.run()
     finally:
@@ -94,9 +105,16 @@ class Migration:
     """One migration, from the source's point of view."""
 
     def __init__(
-        self, request: Request, link: Link, emit: Emit, aborted: Callable[[], bool], name: str
+        self,
+        request: Request,
+        link: Link,
+        emit: Emit,
+        aborted: Callable[[], bool],
+        name: str,
+        renewal: Renewal | None = None,
     ) -> None:
         self.name = name
+        self._renewal = renewal
         self.request = request
         self.options = request.options
         self.link = link
@@ -110,11 +128,10 @@ class Migration:
         self._steps: Steps[Source] = Steps(states.SOURCE, Source.EXAMINING)
         self._journal: Entry[Departure] | None = None
         self._guardian: Guardian | None = None
+        self._patience = 0  # seconds that the destination waits for us if the link breaks
+        self._unheard = False  # by the destination, that it is over
         self.dirty_rate = 0.0  # bytes per second, as last measured
-        self._opened: list[FileRef] = []
-        self._missing: tuple[str, ...] = ()
         self._signals: list[tuple[int, bytes]] = []  # that came while the destination rebuilt
-        self._unshared: frozenset[str] = frozenset()  # paths that the destination compared by content
         self.report = Report(
             outcome=Outcome.REFUSED,
             source=Endpoint(host=platform.node(), pid=request.pid),
@@ -187,8 +204,13 @@ class Migration:
             self._journal.remove()
 
     def _tell_off(self) -> None:
-        with contextlib.suppress(LinkClosed, PeerFailed):
+        self.link.make_final()
+        try:
             self.link.send(protocol.Failed("rolled-back", "the source gave up"))
+        except PeerFailed:
+            pass
+        except LinkClosed:
+            self._unheard = self._patience > 0
 
     def _finish(
         self,
@@ -241,6 +263,8 @@ class Migration:
             self.process.close()
         self.network.close()
         self.link.close()
+        if self._unheard:
+            recovery.call_off(self.request.destination, self.request.ssh, self.name)
 
     # --- before anything is touched ---
 
@@ -277,48 +301,21 @@ class Migration:
         assert self.process is not None
         blockers = [*found.blockers, *self.network.blockers]
         notices = [*found.notices, *self.network.notices]
-        offer = self._offer(found)
+        self.offering = Offering(self.process, found, self.network, self.options)
+        offer = self.offering.offer(self.name)
         self.link.send(offer)
         answer = self.link.expect(protocol.Answer)
-        if not protocol.speaks(answer.version):
-            raise protocol.OtherVersion(answer.version)
-        checks.answer_fits(answer, offer)
+        self.offering.answered(offer, answer)
         self.report = msgspec.structs.replace(self.report, destination=Endpoint(host=answer.host))
         blockers += answer.blockers
         notices += answer.notices
-        self._missing = answer.missing
-        self._unshared = frozenset(answer.unshared)
         self.report = msgspec.structs.replace(self.report, notices=tuple(notices))
         if self.request.operation == "check":
             self.emit(Checked(result=self._check_result(found, blockers, notices)))
             return
         if blockers:
             raise Refused(blockers)
-        self._send_files(found)
-
-    def _offer(self, found: inventory.Inventory) -> protocol.Offer:
-        assert self.process is not None
-        pid = self.request.pid
-        self._opened = inventory.opened_files(found, self.process)
-        numbers = inventory.own_numbers(pid, found.tids)
-        return protocol.Offer(
-            migration=self.name,
-            host=platform.node(),
-            pid=numbers[pid],
-            tids=tuple(numbers.values()),
-            files=found.files.with_build_ids(),
-            opened=self._opened,
-            copy_files=self.options.copy_files,
-            specials=found.specials,
-            vdso_digest=found.vdso_digest,
-            cpu_flags=inventory.cpu_flags(),
-            limits=tuple(procfs.limits(pid)),
-            directories=inventory.directories(found),
-            fifos=inventory.fifos(found),
-            listeners=tuple(self.network.listeners),
-            connections=tuple(self.network.connections),
-            addresses=tuple(self.network.addresses),
-        )
+        self.offering.send_files(self.link, partial(self._state, Source.COPYING))
 
     def _check_result(
         self, found: inventory.Inventory | None, blockers: list[ApiBlocker], notices: list[Notice]
@@ -338,16 +335,6 @@ class Migration:
             notices=tuple(notices),
         )
 
-    def _send_files(self, found: inventory.Inventory) -> None:
-        offered = {f.path: f for f in (*found.files.refs, *self._opened)} if self.options.copy_files else {}
-        for path in self._missing:
-            if path not in offered:
-                raise ProtocolError(f"the destination wants {path}, which was not offered")
-            self._state(Source.COPYING, path)
-            for data in read_chunks(offered[path]):
-                self.link.send(protocol.FileData(path=path, data=data, last=False))
-            self.link.send(protocol.FileData(path=path, data=b"", last=True))
-
     # --- pre-copy ---
 
     def _prepare(self, found: inventory.Inventory) -> None:
@@ -355,12 +342,15 @@ class Migration:
         assert self.process is not None
         self.link.set_timeout(STALL_SECONDS)
         delta = measure_delta(self.link, self.request.pid)
+        if self._renewal is not None and self.options.reconnect_ms:
+            self._patience = math.ceil(self.options.reconnect_ms / 1000 + NOTICING_S)
         self.link.send(
             protocol.Prepare(
                 monotonic_delta=delta[0],
                 boottime_delta=delta[1],
                 session_leader=found.session_leader,
                 layout=found.layout,
+                reconnect_s=self._patience,
             )
         )
         prepared = self.link.expect(protocol.Prepared)
@@ -376,6 +366,7 @@ class Migration:
                 destination=self.request.destination,
                 ssh=self.request.ssh,
                 boot=prepared.boot,
+                awaited=prepared.resumable,
                 addresses=tuple(self.network.addresses),
             ),
         )
@@ -383,6 +374,8 @@ class Migration:
         encoder = Encoder(self.options.compression, self.options.compression_level, self.options.bandwidth)
         self.rounds = Rounds(self.process, self.link, encoder, found.files)
         self.rounds.sender.drop = _page_to_drop()
+        if prepared.resumable:
+            self.link.make_resumable(Resumption(renew=self._renew, reread=self.rounds.sender.reread))
         # what the freeze needs is opened and cleaned up now: between the last scan and the freeze each
         # millisecond is one more of dirty pages
         self.network.prepare()
@@ -400,6 +393,7 @@ class Migration:
             number = len(self.rounds.history) + 1
             pacer.begin(number, pending.pages)
             round_ = self.rounds.send(number, pending, self.dirty_rate, pacer.after_chunk)
+            self.offering.add(self.link)
             pending = self.rounds.scan()
             self.dirty_rate = pending.pages * 4096 / max(pending.seconds, 1e-6)
             memory = round_.pages_sent * 4096
@@ -429,11 +423,22 @@ class Migration:
         """Between two chunks, and before the commit: has somebody given up?"""
         if self._aborted():
             raise Aborted("aborted by request")
-        if self.link.readable():
-            message = self.link.receive()
-            if isinstance(message, protocol.Failed):
-                raise PeerFailed(message)
+        message = self.link.heard()
+        if isinstance(message, protocol.Failed):
+            raise PeerFailed(message)
+        if message is not None:
             raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    def _renew(self, broken: LinkClosed) -> socket.socket:
+        """A new link in the middle of pre-copy. LinkClosed if there is none, Aborted."""
+        assert self._renewal is not None
+        self._state(Source.RECONNECTING, str(broken))
+        sock = self._renewal(self._aborted)
+        if sock is None:
+            raise Aborted("aborted by request")
+        self.report = msgspec.structs.replace(self.report, reconnects=self.report.reconnects + 1)
+        self._state(Source.PRE_COPY, "over a new link")
+        return sock
 
     # --- freeze and commit ---
 
@@ -441,6 +446,7 @@ class Migration:
         assert self.rounds is not None and self.process is not None and self._journal is not None
         self._state(Source.FREEZING)
         gc.disable()
+        self.link.make_final()  # it must not stand still until there is another one
         self.link.set_timeout(self.options.freeze_timeout_ms / 1000)
         self.frozen = FrozenProcess(
             self.process, self.rounds, self.network, self.options, found, self._journal
@@ -449,7 +455,7 @@ class Migration:
         frozen.stop()
         if why := self._foreign():
             raise Unmovable("not-owned", f"pid {self.request.pid}: {why}")
-        self._check_files(found)
+        self.offering.check_files()
         self.link.send(frozen.capture())
         frozen.phases.mark("send state")
         frozen.send_descriptors()
@@ -474,14 +480,6 @@ class Migration:
         )
         self._ready_phases = ready.phases
         self.check_abort()  # a destination that is gone by now is no doubt yet
-
-    def _check_files(self, found: inventory.Inventory) -> None:
-        """A file that the destination has for itself must still be what was compared."""
-        for file in (*found.files.refs, *self._opened):
-            if file.path in self._unshared and stamp(file.path) != file.stamp:
-                raise Unmovable(
-                    "file-changed", f"{file.path} was written to during the migration; it is not shared"
-                )
 
     def _commit(self) -> None:
         assert self.frozen is not None and self._journal is not None

@@ -21,6 +21,7 @@ class Source(enum.StrEnum):
     COPYING = "copying"
     PREPARING = "preparing"
     PRE_COPY = "pre-copy"
+    RECONNECTING = "reconnecting"
     FREEZING = "freezing"
     COMMITTING = "committing"
     COMMITTED = "committed"
@@ -61,7 +62,12 @@ SOURCE: Final[Mapping[Source, Mapping[Source, str]]] = {
     S.OFFERING: {S.COPYING: "files are missing", S.PREPARING: "", S.REFUSED: "blockers, any failure"},
     S.COPYING: {S.COPYING: "the next file", S.PREPARING: "", S.REFUSED: "any failure"},
     S.PREPARING: {S.PRE_COPY: "", **_ENDS},
-    S.PRE_COPY: {S.FREEZING: "short enough, or no longer getting shorter", **_ENDS},
+    S.PRE_COPY: {
+        S.FREEZING: "short enough, or no longer getting shorter",
+        S.RECONNECTING: "the link broke",
+        **_ENDS,
+    },
+    S.RECONNECTING: {S.PRE_COPY: "over a new link", S.RECONNECTING: "it broke again", **_ENDS},
     S.FREEZING: {S.COMMITTING: "Ready, verified", **_ENDS},
     S.COMMITTING: {
         S.COMMITTED: "Live",

@@ -45,10 +45,12 @@ from agent.api import (
 )
 from agent.bounds import MALFORMED
 from agent.kernel import procfs
+from agent.reconnecting import reopen
+from agent.renewal import Giving
 from agent.server.store import new_id
 from agent.states import FROZEN, LIVE, NO_RETURN, UNTOUCHED, Source
 from transport.link import Link, socket_pair
-from transport.link_errors import LinkError
+from transport.link_errors import ConnectionLost, LinkError
 from transport.process import LINE_LIMIT
 from transport.target import parse_host
 
@@ -88,6 +90,9 @@ class Supervisor:
         self._aborting = asyncio.Event()
         self._abort_reason = ""
         self._link: Link | None = None
+        self._renewals = Giving()
+        self._reconnecting: asyncio.Future[None] | None = None
+        self._lost: ErrorInfo | None = None  # why there is no other link
         self._worker: Process | None = None
         self._birth = procfs.born(request.pid)
 
@@ -113,14 +118,16 @@ class Supervisor:
             *self._command,
             str(link.fileno()),
             str(writing),
+            str(self._renewals.theirs.fileno()),
             self._name,
             stdin=PIPE,
             stdout=2,  # nothing but events may reach our own standard output
             env=self._environment,
-            pass_fds=(link.fileno(), writing),
+            pass_fds=(link.fileno(), writing, self._renewals.theirs.fileno()),
             start_new_session=True,
         )
         link.close()
+        self._renewals.theirs.close()
         os.close(writing)
         events = asyncio.StreamReader(limit=LINE_LIMIT)
         await asyncio.get_running_loop().connect_read_pipe(
@@ -203,6 +210,8 @@ class Supervisor:
             return
         if isinstance(event, StateChanged):
             self._state = event.state
+            if event.state == Source.RECONNECTING:
+                self._reconnecting = asyncio.ensure_future(self._reconnect())
         elif isinstance(event, Log) and event.level == "error":
             self._last_error = event.message
         elif isinstance(event, Finished):
@@ -219,6 +228,8 @@ class Supervisor:
         error = finished.report.error
         if error is None or error.where != "link" or self._link is None:
             return finished
+        if self._lost is not None:
+            return Finished(report=msgspec.structs.replace(finished.report, error=self._lost))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._link.wait(), REASON_TIMEOUT)
         if self._link.end is None:
@@ -226,6 +237,35 @@ class Supervisor:
         reason = self._link.end.error()
         better = ErrorInfo(kind=reason.kind, message=str(reason), where="link")
         return Finished(report=msgspec.structs.replace(finished.report, error=better))
+
+    async def _reconnect(self) -> None:
+        """Give the engine another link, or the reason why there is none."""
+        assert self._link is not None
+        patience = self._request.options.reconnect_ms / 1000
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._link.wait(), REASON_TIMEOUT)
+        end = self._link.end
+        if end is None:
+            self._link.abort()  # nothing moves on it
+        broken = (
+            end.error() if end is not None else ConnectionLost(self._request.destination, "it is stalled")
+        )
+        if end is not None and end.lost is None:  # the agent has ended, and the shadow with it
+            self._no_link(broken.kind, str(broken))
+            return
+        target = parse_host(self._request.destination)
+        try:
+            self._link, theirs = await reopen(
+                target, self._request.ssh, self._name, patience, self._on_destination_line
+            )
+        except LinkError as error:
+            self._no_link(broken.kind, f"{broken}; not reached again within {patience:g} s: {error}")
+        else:
+            self._renewals.give(theirs)
+
+    def _no_link(self, kind: str, why: str) -> None:
+        self._lost = ErrorInfo(kind=kind, message=why, where="link")
+        self._renewals.refuse(why)
 
     async def _settled(self, finished: Finished) -> Finished:
         """The engine does not know what became of the copy: ask until somebody does."""
@@ -344,6 +384,9 @@ class Supervisor:
         """Leave nothing behind: a worker that never got a request reads the end of its input and ends."""
         if worker.stdin is not None:
             worker.stdin.close()
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
+        self._renewals.close()
         if self._link is not None:
             end = await self._link.close()
             if not end.clean:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Final
 from agent.checks import PIECE
 from agent.kernel.arch.x86_64 import PAGE
 from agent.kernel.memory import RemoteMemory
+from agent.link import Link
 from agent.pageset import Range, pages_in
-from agent.protocol import Link, Verified, Verify
+from agent.protocol import Verified, Verify
 from agent.resources import waits
 from agent.state import ThreadState
 from agent.tracking import merged

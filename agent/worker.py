@@ -1,4 +1,5 @@
-"""The engine's process: `python -m agent.worker LINK_FD EVENTS_FD NAME`, started by `agent.supervisor`.
+"""The engine's process: `python -m agent.worker LINK_FD EVENTS_FD RENEWAL_FD NAME`, started by
+`agent.supervisor`.
 
 It reads one Request, a line of JSON, from standard input, and hands over to `agent.source.run` on its main
 thread (which becomes the tracer). The end of standard input without a line means that there is nothing to
@@ -98,19 +99,21 @@ def main() -> int:
     privileges.enter(privileges.ENGINE)
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
-    link_fd, events_fd = map(int, sys.argv[1:3])
+    link_fd, events_fd, renewal_fd = map(int, sys.argv[1:4])
     os.dup2(2, 1)  # standard output is nobody's: a stray print goes where people look
     events = EventPipe(events_fd)
     abort = Abort(events)
     launch.raise_descriptor_limit()
     from agent import source  # after the handlers: the front may signal from now on
+    from agent.renewal import Asking
 
     line = sys.stdin.buffer.readline()
     if not line:
         return 0
     request = msgspec.json.decode(line, type=Request)
     try:
-        source.run(request, socket.socket(fileno=link_fd), events.emit, abort.requested, sys.argv[3])
+        link, asking = socket.socket(fileno=link_fd), Asking(socket.socket(fileno=renewal_fd))
+        source.run(request, link, events.emit, abort.requested, sys.argv[4], asking.next)
     except Exception as error:
         traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]

@@ -83,6 +83,7 @@ def required_id(place: Place) -> str:
 HOST: Final = Parsed("host", parse_host)
 PROCESS: Final = Parsed("process", parse_process)
 DURATION: Final = Parsed("duration", units.parse_duration)
+PATIENCE: Final = Parsed("duration", units.parse_patience)
 BANDWIDTH: Final = Parsed("rate", units.parse_bandwidth)
 ADDRESS: Final = Parsed("address", parse_address)
 
@@ -124,9 +125,7 @@ _COMMON: Final = (
         help="What progress and messages on standard error look like; json: an event a line, with its time.",
     ),
     click.option("--quiet", "-q", is_flag=True, help="No progress, only errors and the report."),
-    click.option(
-        "--json", "json", is_flag=True, help="Print JSON instead of a table."
-    ),
+    click.option("--json", "json", is_flag=True, help="Print JSON instead of a table."),
 )
 
 _MOVE: Final = (
@@ -150,6 +149,13 @@ _MOVE: Final = (
         default=DEFAULTS.freeze_timeout_ms,
         show_default="2s",
         help="Roll back if the pause has lasted so long.",
+    ),
+    click.option(
+        "--reconnect",
+        type=PATIENCE,
+        default=DEFAULTS.reconnect_ms,
+        show_default="20s",
+        help="Seek the destination so long if the link breaks before the pause; 0s: not at all.",
     ),
     click.option(
         "--bandwidth", type=BANDWIDTH, help="Limit for the link before the pause, as in 100mbit or 10MB."
@@ -219,6 +225,7 @@ def to_move_options(parameters: dict[str, Any]) -> MoveOptions:
     return MoveOptions(
         downtime_limit_ms=parameters["downtime_limit"],
         freeze_timeout_ms=parameters["freeze_timeout"],
+        reconnect_ms=parameters["reconnect"],
         addresses=chosen,
         **{
             name: parameters[name]

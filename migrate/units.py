@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+_NOTHING: Final = re.compile(r"0(us|ms|s|min)")
 _NUMBER: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)(/s)?")
 _MILLISECONDS: Final = {"us": 0.001, "ms": 1.0, "s": 1000.0, "min": 60_000.0}
 _BYTES: Final = {
@@ -32,6 +33,11 @@ def parse_duration(text: str) -> float:
     if not milliseconds:
         raise ValueError(f"{text!r}: a duration must be longer than nothing")
     return milliseconds
+
+
+def parse_patience(text: str) -> float:
+    """A duration, or `0s` for not waiting at all, as milliseconds; ValueError."""
+    return 0.0 if _NOTHING.fullmatch(text.strip()) else parse_duration(text)
 
 
 def parse_bandwidth(text: str) -> int:

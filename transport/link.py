@@ -153,6 +153,10 @@ class Link:
         """End the command's session, but not the connection, at once."""
         self._channel.abort()
 
+    def abort(self) -> None:
+        """End the connection at once, without a word to the other end."""
+        self._connection.abort()
+
     @property
     def bytes_sent(self) -> int:
         """Bytes taken from the socket for the command."""

@@ -89,9 +89,11 @@ def peer_address(connection: Any) -> str | None:
     return None if sock is None else str(sock.getpeername()[0])
 
 
-async def open_link(target: HostTarget, options: SshOptions, sock: socket.socket, on_stderr: OnLine) -> Link:
-    """Start `migrate-agent destination` on `target` and pump bytes between it and `sock` (one end of a
-    socketpair).
+async def open_link(
+    target: HostTarget, options: SshOptions, sock: socket.socket, on_stderr: OnLine, resume: str | None = None
+) -> Link:
+    """Start `migrate-agent destination` on `target`, or find the one that has the shadow of migration
+    `resume`, and pump bytes between it and `sock` (one end of a socketpair).
 
     From then on `sock` belongs to the link: it is closed when the remote command or the connection ends.
     LinkError if the command could not be started; `sock` is closed then too.
@@ -103,7 +105,8 @@ async def open_link(target: HostTarget, options: SshOptions, sock: socket.socket
         local.socket.close()
         raise
     try:
-        return await _pump(connection, target, agent_command(options, ("destination",)), local, on_stderr)
+        words = ("destination", "--resume", resume) if resume else ("destination",)
+        return await _pump(connection, target, agent_command(options, words), local, on_stderr)
     except BaseException:
         connection.abort()
         raise

@@ -131,7 +131,14 @@ def several(kind: Kind, about: str) -> Kind:
 
 
 def _duration(words: str) -> float:
-    milliseconds = units.parse_duration(words)
+    return _bounded(units.parse_duration(words), words)
+
+
+def _patience(words: str) -> float:
+    return _bounded(units.parse_patience(words), words)
+
+
+def _bounded(milliseconds: float, words: str) -> float:
     if milliseconds > MAX_DURATION:
         raise ValueError(f"{shown(words)} is too long to be meant: at most a day")
     return milliseconds
@@ -189,6 +196,7 @@ def _path(words: str) -> str:
 
 TRUTH: Final = Kind("`true` or `false`", _read_truth)
 DURATION: Final = text(_duration, "a duration with us, ms, s or min", "50ms")
+PATIENCE: Final = text(_patience, "a duration, or `0s`", "20s")
 BANDWIDTH: Final = text(_bandwidth, "a rate with a unit of bits or bytes", "100mbit")
 HOST: Final = text(_host, "a host, `[user@]host[:port]`", "root@beta")
 SOURCE: Final = text(_source, f"a host, `[user@]host[:port]`, or `{LOCAL}`", "alpha")

@@ -21,6 +21,7 @@ _OPTIONS: Final = {"limits", "compression", "compression_level", "verify", "copy
 _NAMES: Final = {
     "downtime_limit": "downtime_limit_ms",
     "freeze_timeout": "freeze_timeout_ms",
+    "reconnect": "reconnect_ms",
     "address": "addresses",
 }
 T = TypeVar("T")

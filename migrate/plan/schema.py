@@ -62,6 +62,12 @@ LIMITS: Final = Section(
             str(_MOVE.max_rounds),
         ),
         Key("freeze_timeout", kinds.DURATION, "Roll back if the pause has lasted so long.", "2s"),
+        Key(
+            "reconnect",
+            kinds.PATIENCE,
+            "Seek the destination so long if the link breaks before the pause; 0s: not at all.",
+            "20s",
+        ),
         Key("bandwidth", kinds.BANDWIDTH, "Limit of the link before the pause, per second.", "no limit"),
     ),
 )

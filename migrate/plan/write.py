@@ -21,6 +21,7 @@ _LIMITS: Final[dict[str, tuple[str, Callable[[Any], object]]]] = {
     "downtime_limit": ("downtime_limit_ms", _duration),
     "max_rounds": ("max_rounds", int),
     "freeze_timeout": ("freeze_timeout_ms", _duration),
+    "reconnect": ("reconnect_ms", _duration),
     "bandwidth": ("bandwidth", "{}B".format),
 }
 _PLAIN: Final = ("compression", "compression_level", "verify", "copy_files", "leave_stopped")

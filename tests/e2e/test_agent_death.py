@@ -27,7 +27,7 @@ from agent import cleanup, scratch, tracee, visit
 from agent.descriptors import SourceProcess
 from agent.kernel import pidfd, procfs, ptrace
 from agent.kernel.memory import RemoteMemory
-from agent.protocol import Link
+from agent.link import Link
 from agent.resources.mappings import FileTable
 from agent.rounds import Rounds
 from transport.codec import Encoder

@@ -31,13 +31,14 @@ class Interrupted:
 
     lab: Hosts
     workload: Workload
+    options: tuple[str, ...] = ()
     before: dict[str, tuple[dict[int, str], str, str]] = field(init=False)
     move: subprocess.Popen[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self.before = {host: traces(self.lab, host) for host in ("alpha", "beta")}
         received = self.received()
-        options = ("--json", "--bandwidth", BANDWIDTH)
+        options = ("--json", "--bandwidth", BANDWIDTH, *self.options)
         self.move = self.lab.attend("alpha", "migrate", "move", self.workload.pid, "beta", *options)
         until(lambda: self.received() > received + ENOUGH or self.move.poll() is not None, "pre-copy", 60)
         assert self.move.poll() is None, f"the move has ended: {self.move.communicate()}"

@@ -17,7 +17,8 @@ from agent import kinds, protocol
 from agent.descriptors import Descriptor
 from agent.kernel import packet
 from agent.layout import Mapping
-from agent.protocol import Link, Pages
+from agent.link import Link
+from agent.protocol import Pages
 from agent.resources import char_device, epoll, eventfd, pipe, regular_file, signalfd, tcp_socket, timerfd
 from agent.resources.files import FileRef
 from agent.resources.service_address import ServiceAddress

@@ -198,7 +198,6 @@ def try_to_move(pid: int, prepare: Callable[[], None] = lambda: None, **options:
     return report
 
 
-
 @contextlib.contextmanager
 def running(directory: Path, text: str, *arguments: str) -> Iterator[Program]:
     """A program that has said "ready"."""

@@ -17,12 +17,13 @@ import pytest
 from unit.children import gone, wait_for
 from unit.moving import Destination, Move, Program, running
 
-from agent import hold, journal, protocol, recovery, settle, shadow, states
+from agent import hold, journal, recovery, settle, shadow, states
 from agent.api import MoveOptions, Outcome, Report
 from agent.destination import Incoming
 from agent.freeze import FrozenProcess
 from agent.journal import Arrival, Departure, Entry
 from agent.kernel import procfs
+from agent.link import Link
 from agent.network import DestinationNetwork
 
 COUNTS = r"""
@@ -64,7 +65,7 @@ def watch(patch: pytest.MonkeyPatch, see: Watch) -> None:
     before(hold, "put", lambda pid: "hold")
     before(hold, "put_each", lambda pid, tids: "hold")
     before(hold, "lift", lambda tid: "lift")
-    before(protocol.Link, "send", sent)
+    before(Link, "send", sent)
     before(FrozenProcess, "bury", lambda frozen: "bury" if frozen.tids else None)
     before(DestinationNetwork, "take_over", lambda network, sockets: "activate")
     before(shadow.Shadow, "outlive_us", lambda made: "outlive")

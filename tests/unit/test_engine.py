@@ -23,6 +23,7 @@ from agent.api import (
 from agent.dirty_tracking import mechanism
 from agent.kernel import procfs
 from agent.kernel.memory import RemoteMemory
+from agent.link import Link
 
 PAGE = 4096
 MIB = 1 << 20
@@ -244,14 +245,14 @@ def dies_after_sending(kind: type[protocol.Message]) -> Callable[[], None]:
     """For the destination's process: its last act is to send such a message."""
 
     def prepare() -> None:
-        send = protocol.Link.send
+        send = Link.send
 
-        def deadly(link: protocol.Link, message: protocol.Message) -> None:
+        def deadly(link: Link, message: protocol.Message) -> None:
             send(link, message)
             if isinstance(message, kind):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        setattr(protocol.Link, "send", deadly)  # noqa: B010 (mypy)
+        setattr(Link, "send", deadly)  # noqa: B010 (mypy)
 
     return prepare
 

@@ -28,7 +28,7 @@ from agent.journal import Arrival, Entry, Task
 from agent.kernel import addresses, clone, pidfd
 from agent.kernel.packet import tcp_packet
 from agent.layout import Flag, Mapping
-from agent.protocol import Link
+from agent.link import Link
 from agent.resources import char_device, pipe, regular_file, signals, tcp, tcp_socket
 from agent.resources.files import FileRef
 from agent.resources.service_address import ServiceAddress, place

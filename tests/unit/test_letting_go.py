@@ -11,7 +11,7 @@ from unit.moving import running
 
 from agent.destination import Incoming
 from agent.kernel import clone
-from agent.protocol import Link
+from agent.link import Link
 
 CLONE_NEWNET = 0x40000000
 

@@ -16,6 +16,7 @@ from unit.moving import running
 from agent import protocol
 from agent.kernel import clone, procfs
 from agent.kernel.procfs import PosixTimer
+from agent.link import Link
 from agent.resources import timers
 
 SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD_ID = 0, 1, 4
@@ -188,14 +189,14 @@ int main(void)
 
 def a_long_pause() -> None:
     """For the destination: more than one beat goes by before the process lives."""
-    send = protocol.Link.send
+    send = Link.send
 
-    def late(link: protocol.Link, message: protocol.Message) -> None:
+    def late(link: Link, message: protocol.Message) -> None:
         if isinstance(message, protocol.Ready):
             select.select([], [], [], 0.21)
         send(link, message)
 
-    setattr(protocol.Link, "send", late)  # noqa: B010
+    setattr(Link, "send", late)  # noqa: B010
 
 
 def test_timers_keep_their_beat_over_a_pause_that_is_longer(tmp_path: Path) -> None:

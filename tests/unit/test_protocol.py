@@ -19,7 +19,8 @@ from agent import protocol
 from agent.api import Blocker, Notice, Phase
 from agent.descriptors import Descriptor
 from agent.layout import Mapping
-from agent.protocol import Link, Message, Pages, PeerFailed
+from agent.link import Link
+from agent.protocol import Message, Pages, PeerFailed
 from agent.resources.files import FileRef
 from agent.shadow import Special
 from transport import frames
@@ -65,6 +66,9 @@ MESSAGES: list[Message] = [
     protocol.Guards([(BASE, BASE + PAGE)]),
     protocol.RoundEnd(3),
     protocol.RoundDone(3),
+    protocol.Also(opened=[FileRef("/var/log/x", 1, 0o600, b"d" * 32)], directories=("/var",)),
+    protocol.Agreed(("/var/log/x",)),
+    protocol.Resumed(1 << 40),
     protocol.Ready(phases=(Phase(name="p", ms=1.5, where="destination"),), notices=()),
     protocol.Verify(pieces=[(BASE, BASE + PAGE, b"x" * 16)], masked=[(BASE + 1, BASE + 5)], last=True),
     protocol.Verified(memory=[(BASE, BASE + PAGE)], others=("mapping",)),

@@ -20,7 +20,8 @@ from unit.test_protocol import MESSAGES
 
 from agent import kinds, protocol, source
 from agent.api import Blocker, Event, Finished, Outcome, Request
-from agent.protocol import MIN_VERSION, VERSION, Link, Pages, PeerFailed
+from agent.link import Link
+from agent.protocol import MIN_VERSION, VERSION, Pages, PeerFailed
 from transport import frames
 from transport.frames import Kind, LinkClosed, ProtocolError
 

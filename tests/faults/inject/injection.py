@@ -116,8 +116,8 @@ class _Half:
         return getattr(self._socket, name)
 
 
-def _watch_link(protocol: ModuleType, faults: Faults) -> None:
-    link = protocol.Link
+def _watch_link(module: ModuleType, faults: Faults) -> None:
+    link = module.Link
     send, send_pages, receive = link.send, link.send_pages, link.receive
     halves = {point for point in faults.points() if point.startswith("mid-send:")}
 
@@ -126,11 +126,12 @@ def _watch_link(protocol: ModuleType, faults: Faults) -> None:
         faults.reach(f"before-send:{kind}")
         point, whole = f"mid-send:{kind}", self._socket
         if point in halves:
-            self._socket = _Half(whole, lambda: faults.reach(point))
+            self._socket = half = _Half(whole, lambda: faults.reach(point))
         try:
             yield
         finally:
-            self._socket = whole
+            if point in halves and self._socket is half:  # and not that of a new connection
+                self._socket = whole
         faults.reach(f"after-send:{kind}")
 
     def watched_send(self: Any, message: Any) -> None:
@@ -220,7 +221,7 @@ def _watches(faults: Faults) -> dict[str, list[Watch]]:
             if _watch_steps not in found["os"]:
                 found["os"].append(_watch_steps)
         else:
-            found["agent.protocol"] = [_watch_link]
+            found["agent.link"] = [_watch_link]
     return found
 
 

@@ -140,9 +140,9 @@ def test_ps_of_an_agent_that_fails_is_no_list() -> None:
 def test_the_request_carries_every_option(tmp_path: Path) -> None:
     path = tmp_path / "request"
     options = (
-        "--downtime-limit 20ms --max-rounds 7 --freeze-timeout 1s --bandwidth 100mbit --compression none "
-        "--compression-level 3 --address 10.0.0.9 --address FD00:0::9 --verify --leave-stopped --copy-files "
-        "-i /some/key -F /some/config"
+        "--downtime-limit 20ms --max-rounds 7 --freeze-timeout 1s --reconnect 0s --bandwidth 100mbit "
+        "--compression none --compression-level 3 --address 10.0.0.9 --address FD00:0::9 --verify "
+        "--leave-stopped --copy-files -i /some/key -F /some/config"
     )
     done = run(
         "move", "77", "me@[fd00::2]:2222", *options.split(), scenario="migrated", STAND_IN_REQUEST=str(path)
@@ -154,6 +154,7 @@ def test_the_request_carries_every_option(tmp_path: Path) -> None:
         "downtime_limit_ms": 20.0,
         "max_rounds": 7,
         "freeze_timeout_ms": 1000.0,
+        "reconnect_ms": 0.0,
         "bandwidth": 12_500_000,
         "compression": "none",
         "compression_level": 3,

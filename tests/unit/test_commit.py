@@ -18,7 +18,7 @@ from unit.children import gone, wait_for
 from unit.moving import Destination, Move, Program, running
 
 from agent import hold, journal, recovery, settle, shadow, states
-from agent.api import MoveOptions, Outcome, Report
+from agent.api import MoveOptions, Outcome, Report, SshOptions
 from agent.destination import Incoming
 from agent.freeze import FrozenProcess
 from agent.journal import Arrival, Departure, Entry
@@ -102,9 +102,11 @@ def test_the_steps_are_those_that_were_explored(
 
 
 @contextlib.asynccontextmanager
-async def ask_here(entry: Entry[Departure]) -> AsyncIterator[tuple[settle.Verdict, Callable[[], None]]]:
+async def ask_here(
+    _: str, options: SshOptions, migration: str, boot: str
+) -> AsyncIterator[tuple[settle.Verdict, Callable[[], None]]]:
     """The destination is on this host."""
-    yield settle.settle(entry.migration, entry.content.boot), lambda: settle.forget(entry.migration)
+    yield settle.settle(migration, boot), lambda: settle.forget(migration)
 
 
 def moved(program: Program, directory: Path, **options: Any) -> tuple[str, Report]:

@@ -21,7 +21,7 @@ import pytest
 from unit.children import forked, gone, wait_for
 from unit.moving import Move, Moving
 
-from agent import inventory, protocol, source
+from agent import inventory, offering, protocol
 from agent.api import MoveOptions, Outcome
 from agent.descriptors import Descriptor
 from agent.journal import Arrival, Entry, Task
@@ -507,7 +507,7 @@ def test_a_copied_file_is_never_setuid_and_its_owner_s(
     new = own / "new" / "file"
     ref = offered(victim, str(new), mode=0o6755, digest=sha256(VICTIM).digest(), owner=(64001, 64002))
     liar.knows(ref)
-    monkeypatch.setattr(source, "read_chunks", lambda _: iter([VICTIM]))
+    monkeypatch.setattr(offering, "read_chunks", lambda _: iter([VICTIM]))
     Move(program, MoveOptions(copy_files=True))
     for path, mode in ((new, 0o755), (new.parent, 0o755)):
         found = path.stat()
@@ -536,7 +536,7 @@ def test_a_copy_that_is_not_as_agreed(
     path = str(victim.absent)
     ref = msgspec.structs.replace(offered(victim, path, digest=sha256(VICTIM).digest()), **changes)
     liar.knows(ref)
-    monkeypatch.setattr(source, "read_chunks", lambda _: iter(data))
+    monkeypatch.setattr(offering, "read_chunks", lambda _: iter(data))
     report = Move(program, MoveOptions(copy_files=True)).report
     assert report is not None and report.error is not None and why in report.error.message
     assert victim.picture() == victim.before

@@ -478,6 +478,7 @@ def test_the_example_of_defaults_has_every_key() -> None:
         "downtime_limit": defaults.downtime_limit_ms,
         "max_rounds": defaults.max_rounds,
         "freeze_timeout": defaults.freeze_timeout_ms,
+        "reconnect": defaults.reconnect_ms,
     }
     assert found["compression"] == defaults.compression
     assert found["compression_level"] == defaults.compression_level

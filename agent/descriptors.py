@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from agent.api import Blocker
 from agent.bounds import MAX_DUPLICATES, U32, FileDescriptor, Word
+from agent.holders import Holders
 from agent.kernel import pidfd, procfs
 
 # open(2) flags that a description keeps and open(2) takes again
@@ -72,6 +73,7 @@ class SourceProcess:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.pidfd = pidfd.open_process(pid)
+        self.holders = Holders(pid)
         self._duplicates: dict[int, int] = {}
 
     def duplicate(self, fd: int) -> int:
@@ -117,6 +119,8 @@ class Rebuilding:
         self.fifos: dict[str, Any] = {}
         self.listening: frozenset[tuple[int, str, int]] = frozenset()
         self.addresses: frozenset[str] = frozenset()
+        self.services: frozenset[str] = frozenset()  # paths of unix sockets
+        self.ends: dict[tuple[str, int], Any] = {}  # of pairs of sockets, the first that came
         self.filled: set[tuple[str, int]] = set()
         self.sockets: list[tuple[int, Any]] = []  # rebuilt TCP sockets, locked, with their states
         self.placed: dict[int, int] = {}  # their descriptors in the process
@@ -260,17 +264,8 @@ def path_blockers(path: str, what: str) -> list[Blocker]:
 
 
 def common_blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
-    """What no kind supports: locks, leases, signal-driven I/O, paths that are no text."""
+    """What no kind supports: signal-driven I/O, paths that are no text."""
     found = path_blockers(file.link, file.name)
-    if any(name == "lock" for name, _ in file.info):
-        found.append(
-            Blocker(
-                kind="file-lock",
-                what=file.name,
-                why="it holds a lock, which other processes would find gone",
-                hint="let the program give the lock up first",
-            )
-        )
     if file.flags & 0o20000:  # FASYNC
         found.append(
             Blocker(kind="signal-driven-io", what=file.name, why="O_ASYNC is set", hint="clear O_ASYNC")

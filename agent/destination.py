@@ -36,7 +36,7 @@ from agent.pageset import Range
 from agent.phases import Phases
 from agent.protocol import Pages, PeerFailed
 from agent.resources import files as file_resource
-from agent.resources import identity, pipe
+from agent.resources import identity, pipe, unix_socket
 from agent.resources.files import FileRef, IncomingFile
 from agent.resources.tcp import TcpListener
 from agent.resources.tcp_socket import bound_to
@@ -147,6 +147,7 @@ class Incoming:
         compared += [file_resource.compare_opened(f, offer.copy_files) for f in offer.opened]
         blockers += [b for b in compared if b is not None]
         blockers += [b for b in map(pipe.compare, offer.fifos) if b is not None]
+        blockers += [b for b in map(unix_socket.compare, offer.services) if b is not None]
         blockers += _directory_blockers(offer)
         blockers += _cpu_blockers(offer)
         blockers += self.network.check(offer.addresses, offer.listeners, offer.connections)
@@ -170,6 +171,7 @@ class Incoming:
         self._refused = bool(blockers)
         self._agree(offer.opened, offer.directories, offer.fifos, offer.listeners)
         self.context.addresses = frozenset(self.network.agreed)
+        self.context.services = frozenset(offer.services)
 
     def _agree(
         self,

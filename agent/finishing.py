@@ -21,7 +21,17 @@ from agent.kernel.arch import x86_64 as arch
 from agent.kernel.arch.x86_64 import Registers
 from agent.kernel.arch.x86_64_features import fitted
 from agent.phases import Phases
-from agent.resources import epoll, identity, memory_lock, signals, threads, timers, waits
+from agent.resources import (
+    epoll,
+    file_locks,
+    identity,
+    memory_lock,
+    regular_file,
+    signals,
+    threads,
+    timers,
+    waits,
+)
 from agent.shadow import Shadow
 from agent.silencing import add_fired_entries
 from agent.state import ProcessState, ThreadState
@@ -184,8 +194,12 @@ def _settings(
     if state.thp_disable:
         batch.call("THP disable", NR_prctl, identity.PR_SET_THP_DISABLE, 1)
     for descriptor in descriptors:
+        number = descriptor.numbers[0][0]
         if descriptor.kind == epoll.NAME:
-            epoll.add_entries(batch, descriptor.numbers[0][0], kinds.decode(descriptor), fired=False)
+            epoll.add_entries(batch, number, kinds.decode(descriptor), fired=False)
+        elif descriptor.kind == regular_file.NAME:
+            file = kinds.decode(descriptor)
+            file_locks.take_in(batch, number, file.path, file.locks)
     places = timers.create_posix(batch, state.timers)
     signals.requeue_process(batch, own_pid, state.pending)
     outcome = shadow.run(shadow.pid, batch)

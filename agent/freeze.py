@@ -102,6 +102,7 @@ class FrozenProcess:
         self._process.forget_duplicates()
         self.began = 0.0
         _refuse(inventory.lasting_blockers(self.pid))
+        self._process.holders.look()
         self._network.start_capture()
         self.phases = Phases("source")
         self.began = time.perf_counter()

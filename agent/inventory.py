@@ -85,6 +85,7 @@ def examine(process: SourceProcess) -> Inventory:
     layout = [] if found else mappings.layout(lines, files, {})
     specials = mappings.specials(lines)
     descriptors = open_files(process)
+    process.holders.look()
     found += _process_blockers(pid, status)
     for descriptor in descriptors:
         found += kinds.blockers(descriptor, process)

@@ -19,16 +19,20 @@ from agent.resources import (
     char_device,
     epoll,
     eventfd,
+    file_locks,
+    memfd,
     pipe,
     regular_file,
     signalfd,
     tcp_socket,
     timerfd,
+    unix_socket,
 )
 from transport.frames import ProtocolError
 
 KINDS: Final[tuple[Any, ...]] = (
     regular_file,
+    memfd,
     char_device,
     pipe,
     eventfd,
@@ -36,6 +40,7 @@ KINDS: Final[tuple[Any, ...]] = (
     signalfd,
     epoll,
     tcp_socket,
+    unix_socket,
 )
 _BY_NAME: Final = {kind.NAME: kind for kind in KINDS}
 _DECODERS: Final = {kind.NAME: msgspec.msgpack.Decoder(kind.State) for kind in KINDS}
@@ -51,7 +56,6 @@ REFUSED: Final = {
     "anon_inode:kvm": ("kvm", "a virtual machine", "use the virtual machine monitor's own live migration"),
     "anon_inode:[pidfd]": ("pidfd", "it refers to another process, which stays", "close it before moving"),
     "pidfd:": ("pidfd", "it refers to another process, which stays", "close it before moving"),
-    "/memfd:": ("memfd", "a memory file", "close it before moving"),
     "mnt:[": ("namespace", "it holds a namespace of this host", "close it before moving"),
     "net:[": ("namespace", "it holds a namespace of this host", "close it before moving"),
 }
@@ -67,7 +71,8 @@ def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
     kind = kind_of(file)
     if kind is None:
         return [_refusal(file)]
-    return [*common_blockers(file, process), *kind.blockers(file, process)]
+    locks = file_locks.blockers(file, kept=getattr(kind, "KEEPS_LOCKS", False))
+    return [*locks, *common_blockers(file, process), *kind.blockers(file, process)]
 
 
 def _refusal(file: OpenFile) -> Blocker:
@@ -94,7 +99,6 @@ def _socket_refusal(file: OpenFile) -> Blocker:
     types = {1: "stream", 2: "datagram", 3: "raw", 5: "seqpacket"}
     name = names.get(family, f"family {family}")
     what = {
-        "unix": "unix",
         "inet": "udp" if protocol == 17 else "raw",
         "inet6": "udp" if protocol == 17 else "raw",
     }
@@ -102,7 +106,7 @@ def _socket_refusal(file: OpenFile) -> Blocker:
         kind=f"{what.get(name, name)}-socket",
         what=file.name,
         why=f"a socket of kind {name} {types.get(kind, str(kind))}, protocol {protocol}",
-        hint="only TCP sockets move; configure the program without it or close it first",
+        hint="only TCP and some unix sockets move; configure the program without it or close it first",
     )
 
 

@@ -18,7 +18,7 @@ from agent.inventory import Inventory
 from agent.kernel import procfs
 from agent.link import Link
 from agent.network import SourceNetwork
-from agent.resources import pipe, regular_file, tcp, tcp_socket
+from agent.resources import pipe, regular_file, tcp, tcp_socket, unix_socket
 from agent.resources.files import FileRef, read_chunks, stamp
 from agent.unmovable import Unmovable
 from transport.frames import ProtocolError
@@ -61,6 +61,7 @@ class Offering:
             listeners=tuple(network.listeners),
             connections=tuple(network.connections),
             addresses=tuple(network.addresses),
+            services=unix_socket.services(found.descriptors),
         )
 
     def answered(self, offer: protocol.Offer, answer: protocol.Answer) -> None:

@@ -124,6 +124,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     # outlines: nothing in their queues
     connections: Annotated[tuple[TcpConnection, ...], Meta(max_length=MAX_SOCKETS)] = ()
     addresses: Annotated[tuple[ServiceAddress, ...], Meta(max_length=1024)]
+    services: Annotated[tuple[PathText, ...], Meta(max_length=1024)] = ()  # of unix sockets
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, tag="answer"):

@@ -44,7 +44,11 @@ NOTE: Final = (
 SECTIONS: Final = {
     "process": ("inventory.py", "source.py"),
     "memory": ("resources/mappings.py",),
-    "files": ("descriptors.py", "resources/regular_file.py", "resources/pipe.py", "resources/epoll.py"),
+    "files": (
+        "descriptors.py",
+        *(f"resources/{name}.py" for name in ("regular_file", "file_locks", "pipe", "epoll")),
+        *(f"resources/{name}.py" for name in ("unix_socket", "memfd")),
+    ),
     "tcp": ("resources/tcp/blockers.py",),
     "addresses": ("network.py", "resources/service_address.py"),
     "destination": ("destination.py", "resources/files.py"),
@@ -77,6 +81,8 @@ PLANNED: Final = {
 AT_RUN_TIME: Final = {
     "address-primary": "the host itself needs it: a route, or a whole network, goes with it",
     "file-owner": "its owner or mode there is another: its descriptor could give more than it did",
+    "unix-socket": "it listens, is bound, or another process has it or its other end, and stays",
+    "unix-service": "nothing is bound to that path there, or not everybody may send to it",
     "not-owned": "a user asked for it, and it is not wholly that user's",
     "file-differs": "its size, build id or content is another there, or it is no regular file that opens",
 }
@@ -252,7 +258,6 @@ def _samples() -> Iterator[tuple[str, OpenFile]]:
     yield "a terminal", _file(mode=stat.S_IFCHR, device=os.makedev(136, 0))
     yield "any other device", _file(mode=stat.S_IFCHR, device=os.makedev(10, 200))
     for family, kind, protocol in (
-        (socket.AF_UNIX, socket.SOCK_STREAM, 0),
         (socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_UDP),
         (socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP),
         (socket.AF_NETLINK, socket.SOCK_RAW, 0),

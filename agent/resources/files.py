@@ -20,6 +20,7 @@ import msgspec
 from agent.api import Blocker
 from agent.bounds import I64, U32, U63, U64, Digest, Mode, PathText, Word
 from agent.kernel import elf
+from agent.resources import file_locks
 from agent.unmovable import Unmovable
 
 _CHUNK: Final = 1 << 20
@@ -39,6 +40,7 @@ class FileRef(msgspec.Struct, frozen=True):
     # size, st_mtime and st_ctime in nanoseconds: whether it was written since
     stamp: tuple[I64, I64, I64] = (0, 0, 0)
     owner: tuple[U32, U32] = (0, 0)  # user and group
+    locked: bool = False  # by the process
 
 
 def digest(fd: int) -> bytes:
@@ -143,7 +145,10 @@ def shared(file: FileRef) -> bool:
 
 def compare_opened(file: FileRef, copy_files: bool) -> Blocker | None:
     """The same for a file that the process may be writing: on a shared file system it may differ by now."""
-    found = None if shared(file) else compare(file, copy_files)
+    if shared(file):
+        found = file_locks.shared_blocker(file.path) if file.locked else None
+    else:
+        found = compare(file, copy_files)
     if found is not None or not os.path.exists(file.path):
         return found
     why = wider(file.owner, file.mode, os.stat(file.path))

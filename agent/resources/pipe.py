@@ -14,7 +14,6 @@ import msgspec
 from agent.api import Blocker
 from agent.bounds import U31, U32, U64, Mode, PathText
 from agent.descriptors import OpenFile, Rebuilding, Refusal, SourceProcess, not_agreed
-from agent.kernel import procfs
 from agent.kernel.errors import check, libc
 from agent.resources.files import wider
 from agent.tracee import Tracee
@@ -54,7 +53,7 @@ def recognise(file: OpenFile) -> bool:
 
 def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
     found: list[Blocker] = []
-    others = _other_holders(file, process.pid)
+    others = process.holders.other(file.fd, file.link)
     if others:
         found.append(
             Blocker(
@@ -102,37 +101,6 @@ def _foreign_place(one: Fifo, directory: str) -> str:
         return f"the destination cannot make it: {error.strerror}"
     mine = one.owner[0] in (0, found.st_uid) or found.st_mode & 0o002
     return "" if mine else f"{directory} is not a directory of user {one.owner[0]} on the destination"
-
-
-def _other_holders(file: OpenFile, pid: int) -> str:
-    """Who else has the pipe open: "pid 12 (bash)"."""
-    ours = os.stat(f"/proc/{pid}/fd/{file.fd}")
-    for other in procfs.processes():
-        if other == pid or other == os.getpid():
-            continue
-        try:
-            links = procfs.fds(other)
-        except (ProcessLookupError, PermissionError):
-            continue
-        for fd, link in links.items():
-            if link == file.link and _same_inode(f"/proc/{other}/fd/{fd}", ours):
-                return f"pid {other} ({_comm(other)})"
-    return ""
-
-
-def _same_inode(path: str, ours: os.stat_result) -> bool:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return False
-    return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
-
-
-def _comm(pid: int) -> str:
-    try:
-        return procfs.stat(pid).comm
-    except ProcessLookupError:
-        return "?"
 
 
 def capture(file: OpenFile, process: SourceProcess) -> State:

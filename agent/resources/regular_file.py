@@ -1,4 +1,4 @@
-"""Regular files and directories, by path: open(2), lseek(2).
+"""Regular files and directories, by path: open(2), lseek(2), with their locks.
 Open-and-deleted files come with their content.
 """
 
@@ -21,10 +21,13 @@ from agent.descriptors import (
     SourceProcess,
     not_agreed,
 )
+from agent.resources import file_locks
+from agent.resources.file_locks import Lock
 from agent.resources.files import FileRef, describe, identity, wider
 from agent.unmovable import Unmovable
 
 NAME: Final = "regular-file"
+KEEPS_LOCKS: Final = True
 MAX_DELETED: Final = 64 * 1024 * 1024
 _DELETED: Final = " (deleted)"
 
@@ -39,12 +42,15 @@ class State(msgspec.Struct, frozen=True):
     content: Annotated[bytes, Meta(max_length=MAX_DELETED)] | None = None  # of a file without a name
     identity: tuple[U64, U64] = (0, 0)  # of one that has, as in FileRef
     owner: tuple[U32, U32] = (0, 0)
+    locks: Annotated[tuple[Lock, ...], Meta(max_length=1 << 16)] = ()
 
 
 def validate(state: State) -> None:
     """ValueError for a received state that is none: open(2) must not be told to create or cut a file."""
     if state.flags & ~REOPEN_FLAGS:
         raise ValueError(f"flags {state.flags:#o}")
+    if any(lock.end is not None and lock.end < lock.start for lock in state.locks):
+        raise ValueError("a lock that ends before it begins")
 
 
 def recognise(file: OpenFile) -> bool:
@@ -85,9 +91,10 @@ def _path_leads_here(file: OpenFile, process: SourceProcess) -> bool:
 
 def reference(file: OpenFile, process: SourceProcess) -> FileRef | None:
     """What the destination must have, compared by size and content; None for a directory or deleted file."""
-    if _deleted(file) or not stat.S_ISREG(file.mode):
-        return None
-    return describe(file.link, f"/proc/{process.pid}/fd/{file.fd}")
+    if _deleted(file) or not stat.S_ISREG(file.mode) or file_locks.has_lease(file):
+        return None  # opening it would break the lease
+    found = describe(file.link, f"/proc/{process.pid}/fd/{file.fd}")
+    return msgspec.structs.replace(found, locked=bool(file_locks.held(file)))
 
 
 def capture(file: OpenFile, process: SourceProcess) -> State:
@@ -110,11 +117,17 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
         content,
         identity,
         file.owner,
+        file_locks.held(file),
     )
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
     fd = _recreate(state) if state.content is not None else _open(state, context)
+    try:
+        file_locks.take(fd, state.path, state.locks)
+    except BaseException:
+        os.close(fd)
+        raise
     if not state.flags & os.O_PATH:
         os.lseek(fd, state.position, os.SEEK_SET)
     return fd
@@ -141,6 +154,9 @@ def _compare(state: State, context: Rebuilding, fd: int, found: os.stat_result) 
     if found.st_size != state.size:
         raise Refusal("file-differs", f"{state.path}: {state.size} bytes on the source, {found.st_size} here")
     _compare_owner(state, found)
+    if state.locks and identity(fd, found) == state.identity:
+        blocker = file_locks.shared_blocker(state.path)
+        raise Refusal(blocker.kind, f"{blocker.what}: {blocker.why}")
     compared = context.agreed.get(state.path) == (found.st_dev, found.st_ino)
     if not compared and identity(fd, found) != state.identity:
         raise Refusal(

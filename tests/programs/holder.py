@@ -45,7 +45,13 @@ def check(result: int) -> int:
 
 
 def hold_unix_socket() -> object:
-    return socket.socketpair()
+    """A client of a stream service, which stays."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"\0holder-service-{os.getpid()}")
+    listener.listen()
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(listener.getsockname())
+    return listener, client
 
 
 def hold_unix_listener() -> object:
@@ -155,10 +161,11 @@ def hold_directory_gone() -> object:
 
 
 def hold_lock() -> object:
-    """A record lock on a file that others can see."""
-    locked = open(f"locked-{os.getpid()}", "w")
-    fcntl.flock(locked, fcntl.LOCK_EX)
-    return locked
+    """A lease: whoever opens the file would break it."""
+    Path(f"leased-{os.getpid()}").touch()
+    leased = open(f"leased-{os.getpid()}")
+    fcntl.fcntl(leased, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    return leased
 
 
 def hold_namespace() -> object:

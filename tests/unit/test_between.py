@@ -60,10 +60,10 @@ static void obey(const char *word, char **arguments, int file)
         filter();
     else if (!strcmp(word, "chroot"))
         chroot(arguments[1]);
-    else if (!strcmp(word, "lock"))
-        flock(file, LOCK_EX);
-    else if (!strcmp(word, "unlock"))
-        flock(file, LOCK_UN);
+    else if (!strcmp(word, "lease"))
+        fcntl(file, F_SETLEASE, F_WRLCK);
+    else if (!strcmp(word, "release"))
+        fcntl(file, F_SETLEASE, F_UNLCK);
     else if (!strcmp(word, "exec"))
         execv("/proc/self/exe", arguments);
     else if (!strcmp(word, "write"))
@@ -155,7 +155,7 @@ def in_state(wanted: str, action: Callable[[], object]) -> Callable[[Move, str],
 
 
 @pytest.mark.parametrize(
-    ("word", "kind"), [("seccomp", "seccomp"), ("chroot", "chroot"), ("lock", "file-lock")]
+    ("word", "kind"), [("seccomp", "seccomp"), ("chroot", "chroot"), ("lease", "file-lock")]
 )
 def test_what_the_check_would_refuse(obeyer: Obeyer, word: str, kind: str) -> None:
     move = Move(obeyer, MoveOptions(), in_state("pre-copy", lambda: obeyer.obey(word)))
@@ -163,20 +163,20 @@ def test_what_the_check_would_refuse(obeyer: Obeyer, word: str, kind: str) -> No
     obeyer.assert_runs_on()
 
 
-def test_a_lock_that_is_given_up_again(obeyer: Obeyer) -> None:
+def test_a_lease_that_is_given_up_again(obeyer: Obeyer) -> None:
     """The freeze is tried again, for a while; stops that were given up count as stops."""
     obeyer_at: list[float] = []
 
     def during(move: Move, state: str) -> None:
         if state == "pre-copy":
-            obeyer.obey("lock")
+            obeyer.obey("lease")
         elif state == "freezing":
-            obeyer.tell("unlock")
+            obeyer.tell("release")
             obeyer_at.append(time.monotonic())
 
     move = Move(obeyer, MoveOptions(), during)
     assert move.migrated
-    assert obeyer_at and "did unlock" in obeyer.lines()
+    assert obeyer_at and "did release" in obeyer.lines()
     obeyer.progress()
 
 

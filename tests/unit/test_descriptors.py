@@ -109,17 +109,16 @@ def test_descriptors_that_come_and_go_meanwhile(make: Make, monkeypatch: pytest.
 
 def test_what_no_kind_knows_is_refused_by_name(make: Make) -> None:
     def setup() -> list[int]:
-        ours, theirs = socket.socketpair()
+        raw = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)
         datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        keep.extend((ours, theirs, datagram))
-        memory = os.memfd_create("m")
-        fds = [ours.fileno(), datagram.fileno(), memory, os.pidfd_open(os.getpid())]
+        keep.extend((raw, datagram))
+        fds = [raw.fileno(), datagram.fileno(), os.pidfd_open(os.getpid())]
         return [*fds, os.open("/proc/self/ns/net", os.O_RDONLY), os.open("/dev/tty0", os.O_PATH)]
 
     keep: list[socket.socket] = []
     case = make(setup)
     found = [kinds.blockers(f, case.process)[0].kind for f in case.files()]
-    assert found == ["unix-socket", "udp-socket", "memfd", "pidfd", "namespace", "terminal"]
+    assert found == ["netlink-socket", "udp-socket", "pidfd", "namespace", "terminal"]
     assert all(kinds.kind_of(f) is None for f in case.files())
     with pytest.raises(ValueError, match="socket"):
         case.capture(0)

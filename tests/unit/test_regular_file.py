@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import stat
 from pathlib import Path
@@ -102,19 +101,6 @@ def test_a_file_whose_name_leads_elsewhere_is_refused(make: Make, tmp_path: Path
     path.unlink()
     path.write_bytes(b"new")
     assert [b.kind for b in kinds.blockers(case.files()[0], case.process)] == ["file-moved"]
-
-
-def test_locks_are_refused(make: Make, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"")
-
-    def setup() -> list[int]:
-        fd = os.open(path, os.O_RDWR)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        return [fd]
-
-    case = make(setup)
-    assert [b.kind for b in kinds.blockers(case.files()[0], case.process)] == ["file-lock"]
 
 
 def test_a_deleted_file_that_grew_is_refused(

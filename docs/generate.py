@@ -82,6 +82,7 @@ AT_RUN_TIME: Final = {
     "address-primary": "the host itself needs it: a route, or a whole network, goes with it",
     "file-owner": "its owner or mode there is another: its descriptor could give more than it did",
     "unix-socket": "it listens, is bound, or another process has it or its other end, and stays",
+    "unix-message": "its next message carries descriptors (SCM_RIGHTS) or credentials, or is too long",
     "unix-service": "nothing is bound to that path there, or not everybody may send to it",
     "not-owned": "a user asked for it, and it is not wholly that user's",
     "file-differs": "its size, build id or content is another there, or it is no regular file that opens",

@@ -88,7 +88,24 @@ def recognise(file: OpenFile) -> bool:
 
 def blockers(file: OpenFile, process: SourceProcess) -> list[Blocker]:
     why, hint = _stays(file, process)
-    return [Blocker(kind="unix-socket", what=file.name, why=why, hint=hint)] if why else []
+    if why:
+        return [Blocker(kind="unix-socket", what=file.name, why=why, hint=hint)]
+    why = _first_message(file, process)
+    hint = "let the program receive it first"
+    return [Blocker(kind="unix-message", what=file.name, why=why, hint=hint)] if why else []
+
+
+def _first_message(file: OpenFile, process: SourceProcess) -> str:
+    """Why it cannot be sent again. No empty one is looked at: it is shown once. Nor those behind it."""
+    with borrow(process.duplicate(file.fd)) as sock:
+        try:
+            if _queued(sock):
+                _peek(sock, file.name)
+        except Unmovable as error:
+            return str(error).removeprefix(f"{file.name}: ")
+        except OSError:  # it is closed, or something else by now
+            return ""
+    return ""
 
 
 def _stays(file: OpenFile, process: SourceProcess) -> tuple[str, str]:
@@ -143,7 +160,7 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
     with borrow(process.duplicate(file.fd)) as sock:
         failed = _has_failed(sock)
         if failed and found.kind != socket.SOCK_STREAM:  # looking for messages would take the error away
-            raise Unmovable("unix-socket", f"{file.name}: an error waits in it")
+            raise Unmovable("unix-message", f"{file.name}: an error waits in it")
         return State(
             inode=file.inode,
             peer=found.peer,
@@ -180,7 +197,7 @@ def _stream(sock: socket.socket, name: str) -> tuple[bytes, ...]:
     """In one piece. Beyond its end nothing is read: that would take an error away that waits there."""
     size = _queued(sock)
     if size > MAX_STREAM:
-        raise Unmovable("unix-socket", f"{name}: more than {MAX_STREAM} bytes wait in it")
+        raise Unmovable("unix-message", f"{name}: more than {MAX_STREAM} bytes wait in it")
     content = bytearray()
     while len(content) < size and (piece := _peek(sock, name)) is not None:
         content += piece
@@ -200,18 +217,18 @@ def _peek(sock: socket.socket, name: str) -> bytes | None:
     for fd in sum(passed, ()):
         os.close(fd)
     if passed:
-        raise Unmovable("unix-descriptors", f"{name}: descriptors are on their way in it (SCM_RIGHTS)")
+        raise Unmovable("unix-message", f"{name}: descriptors are on their way in it (SCM_RIGHTS)")
     if any(c[1] == socket.SCM_CREDENTIALS for c in control):
-        raise Unmovable("unix-credentials", f"{name}: a message with its sender's credentials waits in it")
+        raise Unmovable("unix-message", f"{name}: a message with its sender's credentials waits in it")
     if said & socket.MSG_TRUNC:
-        raise Unmovable("unix-socket", f"{name}: a message of more than {MAX_MESSAGE} bytes waits in it")
+        raise Unmovable("unix-message", f"{name}: a message of more than {MAX_MESSAGE} bytes waits in it")
     if not data and sock.type == socket.SOCK_DGRAM:  # shown once, and then not again
-        raise Unmovable("unix-socket", f"{name}: an empty message waits in it")
+        raise Unmovable("unix-message", f"{name}: an empty message waits in it")
     return data or None
 
 
 def _queued(sock: socket.socket) -> int:
-    """Bytes of a stream (SIOCINQ, unix(7))."""
+    """Bytes of a stream, or of its first message (SIOCINQ, unix(7))."""
     return int.from_bytes(fcntl.ioctl(sock, termios.FIONREAD, bytes(4)), "little")
 
 

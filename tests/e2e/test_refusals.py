@@ -38,7 +38,7 @@ NAMED = {
     "directory-gone": "director",
     "lock": "lock",
     "namespace": "namespace",
-    "passed-descriptor": "unix",
+    "passed-descriptor": "scm_rights",
     "tracer": "trace|debug",
 }
 # A process that nobody stops is not late by more than this, even where many things run at once.

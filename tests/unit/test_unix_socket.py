@@ -161,8 +161,11 @@ def test_descriptors_on_their_way(make: Make) -> None:
         kept.extend((here, there))
         return [there.fileno()]
 
+    case = make(setup)
     with pytest.raises(Unmovable, match="SCM_RIGHTS"):
-        make(setup).capture()
+        case.capture()
+    (blocker,) = kinds.blockers(case.files()[0], case.process)
+    assert blocker.kind == "unix-message" and "SCM_RIGHTS" in blocker.why
 
 
 def test_a_message_with_its_senders_credentials(make: Make) -> None:

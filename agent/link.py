@@ -215,7 +215,7 @@ class Link:
             old.close()
             try:
                 self._socket.settimeout(self._timeout)
-                self._write(frames.encode(Kind.MESSAGE, protocol.encode(Resumed(self._received))))
+                self._introduce()
                 theirs = self._take()
                 if isinstance(theirs, Failed):
                     raise PeerFailed(theirs)
@@ -226,6 +226,10 @@ class Link:
             except LinkClosed as error:
                 broken = error
         raise broken
+
+    def _introduce(self) -> None:
+        """Say how far we are. LinkClosed."""
+        self._write(frames.encode(Kind.MESSAGE, protocol.encode(Resumed(self._received))))
 
     def _send_again(self, received: int, reread: Reread) -> None:
         """What the other end, which has `received` frames, has not. One frame for one: they are counted."""

@@ -28,7 +28,7 @@ CLEAN_WITHIN: Final = 40.0  # more, once there is a service on both hosts: it lo
 _NAME: Final = "faults"
 _INJECT: Final = Path(__file__).with_name("inject")
 _MOVE: Final = ("migrate", "move")
-_OPTIONS: Final = ("--json", "--log-format", "json", "-v")
+_OPTIONS: Final = ("--json", "--log-format", "json", "-v", "--reconnect", "2s")
 # Time is not what is tested: who does not hear where an address is now asks again within a second, not a
 # minute (arp(7)), and TCP repeats what a link that was cut has lost within a second, not two minutes.
 _QUICK: Final = {

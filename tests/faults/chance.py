@@ -40,53 +40,60 @@ _FINAL: Final = ("Commit", "Live", "Ready", "Complete", "Late", "Done")  # where
 def case(seed: int) -> Case:
     """The case of this seed."""
     chance = random.Random(seed)
-    faults = tuple(_fault(chance) for _ in range(chance.choices((1, 2), (3, 2))[0]))
+    faults = tuple(fault for _ in range(chance.choices((1, 2), (3, 2))[0]) for fault in _fault(chance))
     options = tuple(
-        word for word, odds in (("--verify", 0.3), ("--copy-files", 0.2)) if chance.random() < odds
+        word
+        for word, odds in (("--verify", 0.3), ("--copy-files", 0.2), ("--reconnect=0s", 0.1))
+        if chance.random() < odds
     )
     fresh = any(isinstance(fault.at, Point) and fault.at.role in ("service", "connect") for fault in faults)
     missing = "--copy-files" in options
     return Case(f"chance/{seed}", faults, options, file_missing=missing, new_service=fresh)
 
 
-def _fault(chance: random.Random) -> Fault:
+def _fault(chance: random.Random) -> tuple[Fault, ...]:
+    """With what has to go wrong before it."""
     make = chance.choices((_at_message, _at_state, _at_step, _at_call, _at_time), (5, 1, 2, 3, 3))[0]
     return make(chance)
 
 
-def _at_message(chance: random.Random) -> Fault:
+def _at_message(chance: random.Random) -> tuple[Fault, ...]:
     names = list(matrix.SENDERS) if chance.random() < 0.6 else list(_FINAL)
     message = chance.choice(names)
     sender = chance.choice(matrix.SENDERS[message])
     moment = chance.choice(matrix.MOMENTS)
     side = other(sender) if moment == "after-receive" else sender
     nth = chance.randint(1, 8) if message in _MANY and chance.random() < 0.5 else 1
-    return Fault(Point(side, ENGINES[side], f"{moment}:{message}", nth), _actions(chance))
+    fault = Fault(Point(side, ENGINES[side], f"{moment}:{message}", nth), _actions(chance))
+    return (*matrix.before_message(message, sender), fault)
 
 
-def _at_state(chance: random.Random) -> Fault:
-    return Fault(Point("source", "engine", f"state:{chance.choice(matrix.STATES)}"), _actions(chance))
+def _at_state(chance: random.Random) -> tuple[Fault, ...]:
+    state = chance.choice(matrix.STATES)
+    fault = Fault(Point("source", "engine", f"state:{state}"), _actions(chance))
+    return (*matrix.before_state(state), fault)
 
 
-def _at_step(chance: random.Random) -> Fault:
+def _at_step(chance: random.Random) -> tuple[Fault, ...]:
     role = chance.choice(list(matrix.STEPS))
     moment, step = chance.choice(matrix.STEP_MOMENTS), chance.choice(matrix.STEPS[role])
     side: Side = "destination" if role == "destination" else "source"
-    return Fault(Point(side, role, f"{moment}:{step}"), _actions(chance))
+    return (Fault(Point(side, role, f"{moment}:{step}"), _actions(chance)),)
 
 
-def _at_call(chance: random.Random) -> Fault:
+def _at_call(chance: random.Random) -> tuple[Fault, ...]:
     """A call fails, or is where something else goes wrong."""
     role = chance.choices(list(matrix.CALLS), (8, 8, 2, 1, 1, 1))[0]
     call, number = chance.choice(list(matrix.CALLS[role].items()))
     since = chance.choice(matrix.PHASES.get(role, (None,)))
     nth = min(_MOST_CALLS, 1 + int(chance.expovariate(0.15)))
     point = Point("destination" if role == "destination" else "source", role, f"call:{call}", nth, since)
-    return Fault(point, (Fail(number),) if chance.random() < 0.7 else _actions(chance))
+    fault = Fault(point, (Fail(number),) if chance.random() < 0.7 else _actions(chance))
+    return (*matrix.before_phase(since), fault)
 
 
-def _at_time(chance: random.Random) -> Fault:
-    return Fault(After(chance.uniform(0.3, _MOVE_SECONDS)), _actions(chance))
+def _at_time(chance: random.Random) -> tuple[Fault, ...]:
+    return (Fault(After(chance.uniform(0.3, _MOVE_SECONDS)), _actions(chance)),)
 
 
 def _actions(chance: random.Random) -> tuple[Action, ...]:

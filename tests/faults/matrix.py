@@ -41,6 +41,9 @@ SENDERS: Final[dict[str, tuple[Side, ...]]] = {
     "Pages": ("source",),
     "RoundEnd": ("source",),
     "RoundDone": ("destination",),
+    "Also": ("source",),
+    "Agreed": ("destination",),
+    "Resumed": ("source", "destination"),
     "Rebuild": ("source",),
     "Descriptors": ("source",),
     "Guards": ("source",),
@@ -63,6 +66,7 @@ STATES: Final = (
     "copying",
     "preparing",
     "pre-copy",
+    "reconnecting",
     "freezing",
     "committing",
     "committed",
@@ -121,6 +125,8 @@ def _needs(message: str) -> dict[str, object]:
     return {"options": ("--verify",)} if message in ("Verify", "Verified") else {}
 
 
+# What breaks the link when another one can be had.
+_BREAK: Final = Fault(Point("source", "engine", "state:pre-copy"), (Send("destination", ("session",)),))
 # What makes an end give up, and say so.
 _CAUSE: Final[dict[Side, Fault]] = {
     "source": Fault(
@@ -133,10 +139,24 @@ _CAUSE: Final[dict[Side, Fault]] = {
 }
 
 
+def before_message(message: str, sender: Side) -> tuple[Fault, ...]:
+    """What has to go wrong for the message to be sent at all."""
+    if message == "Failed":
+        return (_CAUSE[sender],)
+    return (_BREAK,) if message == "Resumed" else ()
+
+
+def before_state(state: str) -> tuple[Fault, ...]:
+    """What has to go wrong for the state to be entered at all."""
+    if state == "rolled-back":
+        return (_CAUSE["source"],)
+    return (_BREAK,) if state == "reconnecting" else ()
+
+
 def at_messages() -> Iterator[Case]:
     for message, senders in SENDERS.items():
         for sender in senders:
-            before = (_CAUSE[sender],) if message == "Failed" else ()
+            before = before_message(message, sender)
             for moment in MOMENTS:
                 side = other(sender) if moment == "after-receive" else sender
                 point = Point(side, ENGINES[side], f"{moment}:{message}")
@@ -148,7 +168,7 @@ def at_messages() -> Iterator[Case]:
 def at_states() -> Iterator[Case]:
     for state in STATES:
         needs = _needs("FileData") if state == "copying" else {}
-        before = (_CAUSE["source"],) if state == "rolled-back" else ()
+        before = before_state(state)
         point = Point("source", "engine", f"state:{state}")
         for what, done in actions("source").items():
             name = f"state/{state}/{what}"
@@ -167,13 +187,34 @@ def at_steps() -> Iterator[Case]:
                     yield Case(f"step/{role}-{step}/{moment}/{what}", (*before, Fault(point, done)))
 
 
+def reconnecting() -> Iterator[Case]:
+    """The link breaks in pre-copy; then something else fails, too, on the way to another one."""
+    for role, side, call in _WHO_RECONNECTS:
+        point = Point(side, role, f"call:{call}", since=_SINCE.get(role))
+        for what, done in _way_actions(side, role).items():
+            yield Case(f"reconnect/{role}/{call}/{what}", (_BREAK, Fault(point, done)))
+
+
+_WHO_RECONNECTS: Final[tuple[tuple[str, Side, str], ...]] = (
+    ("engine", "source", "socket:recv_fds"),
+    ("front", "source", "socket:socketpair"),
+    ("front", "source", "socket:socket.connect"),
+    ("front", "source", "socket:send_fds"),
+    ("resuming", "destination", "socket:socket.connect"),
+    ("resuming", "destination", "socket:send_fds"),
+    ("destination", "destination", "socket:socket.accept"),
+    ("destination", "destination", "socket:recv_fds"),
+)
+_SINCE: Final = {"front": "call:agent.reconnecting:reopen"}
+
+
 def in_doubt() -> Iterator[Case]:
     """The link breaks before Commit has left, or before it is answered; then something else fails, too."""
     for name, point in _DOUBTS.items():
         lost = Fault(point, (Send("destination", ("session",)),))
         for role, side, call in _WHO_SETTLES:
             settling = Point(side, role, f"call:{call}")
-            for what, done in _settling_actions(side, role).items():
+            for what, done in _way_actions(side, role).items():
                 yield Case(f"doubt/{name}/{role}/{call}/{what}", (lost, Fault(settling, done)))
 
 
@@ -192,7 +233,7 @@ _WHO_SETTLES: Final[tuple[tuple[str, Side, str], ...]] = (
 )
 
 
-def _settling_actions(side: Side, role: str) -> dict[str, tuple[Action, ...]]:
+def _way_actions(side: Side, role: str) -> dict[str, tuple[Action, ...]]:
     everybody = Send("source", (*SOURCE_ROLES, "guardian"))
     return {
         "kill-self": (Send(side, (role,)),),
@@ -258,6 +299,7 @@ CALLS: Final[dict[str, dict[str, int]]] = {
         **_TRACING,
         "os:fork": errno.EAGAIN,
         "os:pidfd_open": errno.EMFILE,
+        "socket:recv_fds": errno.ECONNRESET,
         "agent.kernel.pidfd:getfd": errno.EMFILE,
         "agent.kernel.pagemap:Pagemap.scan": errno.ENOMEM,
         "agent.kernel.userfaultfd:handshake": errno.EINVAL,
@@ -271,6 +313,9 @@ CALLS: Final[dict[str, dict[str, int]]] = {
         "os:readv": errno.EIO,
         "os:writev": errno.EPIPE,
         "os:link": errno.ENOSPC,
+        "os:dup2": errno.EMFILE,
+        "socket:socket.accept": errno.EMFILE,
+        "socket:recv_fds": errno.ECONNRESET,
         "agent.kernel.clone:fork_as": errno.EAGAIN,
         "agent.kernel.clone:unshare": errno.ENOSPC,
     },
@@ -280,6 +325,7 @@ CALLS: Final[dict[str, dict[str, int]]] = {
         "os:read": errno.EIO,
         "socket:socketpair": errno.EMFILE,
         "socket:socket.send": errno.ECONNRESET,
+        "socket:send_fds": errno.ETOOMANYREFS,
         "socket:socket.connect": errno.ENETUNREACH,
         "subprocess:_fork_exec": errno.EAGAIN,
         "builtins:open": errno.EMFILE,
@@ -304,6 +350,7 @@ PHASES: Final[dict[str, tuple[str | None, ...]]] = {
         "before-send:Prepare",
         "after-receive:Prepared",
         "state:pre-copy",
+        "state:reconnecting",
         "state:freezing",
         "before-send:Rebuild",
         "before-send:Complete",
@@ -316,6 +363,7 @@ PHASES: Final[dict[str, tuple[str | None, ...]]] = {
         "after-receive:Offer",
         "after-receive:Prepare",
         "after-receive:Layout",
+        "before-send:Resumed",
         "after-receive:Rebuild",
         "after-receive:Complete",
         "after-receive:Commit",
@@ -324,7 +372,13 @@ PHASES: Final[dict[str, tuple[str | None, ...]]] = {
     ),
 }
 TIMES: Final = (1, 3)
+_AFTER_A_BREAK: Final = ("state:reconnecting", "before-send:Resumed")
 _SIDES: Final[dict[str, Side]] = {"destination": "destination"}
+
+
+def before_phase(since: str | None) -> tuple[Fault, ...]:
+    """What has to go wrong for that part of the way to be gone at all."""
+    return (_BREAK,) if since in _AFTER_A_BREAK else ()
 
 
 def at_calls() -> Iterator[Case]:
@@ -335,12 +389,13 @@ def at_calls() -> Iterator[Case]:
                     point = Point(_SIDES.get(role, "source"), role, f"call:{call}", nth, since)
                     name = f"call/{role}/{since or 'start'}/{call}/{nth}"
                     fresh = role in ("service", "connect")
-                    yield Case(name, (Fault(point, (Fail(number),)),), new_service=fresh)
+                    faults = (*before_phase(since), Fault(point, (Fail(number),)))
+                    yield Case(name, faults, new_service=fresh)
 
 
 def matrix() -> list[Case]:
     """All of them, in a fixed order."""
-    return [*at_messages(), *at_states(), *at_steps(), *in_doubt(), *at_calls()]
+    return [*at_messages(), *at_states(), *at_steps(), *reconnecting(), *in_doubt(), *at_calls()]
 
 
 def stratum(case: Case) -> str:

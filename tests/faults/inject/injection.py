@@ -118,7 +118,7 @@ class _Half:
 
 def _watch_link(module: ModuleType, faults: Faults) -> None:
     link = module.Link
-    send, send_pages, receive = link.send, link.send_pages, link.receive
+    send, send_pages, introduce, take = link.send, link.send_pages, link._introduce, link._take
     halves = {point for point in faults.points() if point.startswith("mid-send:")}
 
     @contextlib.contextmanager
@@ -142,12 +142,17 @@ def _watch_link(module: ModuleType, faults: Faults) -> None:
         with around(self, PAGES):
             send_pages(self, *arguments, **options)
 
-    def watched_receive(self: Any) -> Any:
-        message = receive(self)
+    def watched_introduce(self: Any) -> None:
+        with around(self, "Resumed"):
+            introduce(self)
+
+    def watched_take(self: Any) -> Any:
+        message = take(self)
         faults.reach(f"after-receive:{type(message).__name__}")
         return message
 
-    link.send, link.send_pages, link.receive = watched_send, watched_pages, watched_receive
+    link.send, link.send_pages = watched_send, watched_pages
+    link._introduce, link._take = watched_introduce, watched_take
 
 
 def _watch_states(source: ModuleType, faults: Faults) -> None:

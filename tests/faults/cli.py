@@ -40,6 +40,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", action="append", default=[], metavar="NAME")
     parser.add_argument("--keep", action="store_true", help="evidence of every run, also where all is well")
     parser.add_argument("--list", action="store_true", help="print the cases' names and end")
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="K/N",
+        help="of N that run at the same time, each in a lab of its own",
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="evidence of violations")
     return parser.parse_args(arguments)
 
@@ -93,14 +99,15 @@ def cases(options: argparse.Namespace) -> list[Case]:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 if a run was violated."""
     options = parse(arguments)
-    wanted = cases(options)
+    part, parts = map(int, options.part.split("/"))
+    wanted = cases(options)[part - 1 :: parts]
     if options.list:
         print("\n".join(case.name for case in wanted))
         return 0
     build()
     verdicts: list[Verdict] = []
     try:
-        with Campaign(options.keep) as campaign:
+        with Campaign(options.keep, f"faults{part}") as campaign:
             for number, case in enumerate(wanted, 1):
                 verdict = campaign.run(case)
                 verdicts.append(verdict)

@@ -149,6 +149,15 @@ class Case:
         )
 
     @property
+    def may_take_time(self) -> bool:
+        """Whether those are gone who put things in order at once, or cannot reach each other.
+
+        A destination that its source cannot tell of its end, or has nobody left to tell it, waits for it.
+        """
+        cuts = any(isinstance(one, Cut) for fault in self.faults for one in fault.actions)
+        return cuts or self.signals("guardian") or (self.signals("front") and self.signals("engine"))
+
+    @property
     def quick(self) -> bool:
         """Whether all goes on at once: nobody waits for a timeout, a service's next look or a new lab."""
         actions = [one for fault in self.faults for one in fault.actions]

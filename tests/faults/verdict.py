@@ -28,6 +28,7 @@ class Kind(enum.StrEnum):
     UNCLEAN = "unclean"  # something of the migration is left on a host
     UNTRUE = "untrue"  # the command said something else than what became of it
     ENDLESS = "endless"  # the command did not end
+    LATE = "late"  # all is well, but only after somebody came who is needed for nothing here
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,12 @@ class Judge:
         """Fill in what is wrong in the end."""
         self._subject.ask()
         first(lambda: self._look(verdict), seconds)
+
+    def blame_for_time(self, verdict: Verdict) -> None:
+        """It was not as it should be at once: a problem, unless those are dead who see to that."""
+        if not verdict.problems and not verdict.case.may_take_time:
+            text = f"settled only after {verdict.ended.seconds:.0f} s and the start of services"
+            verdict.problems.append(Problem(Kind.LATE, text))
 
     def _look(self, verdict: Verdict) -> list[Problem]:
         verdict.problems = [*self._truth(verdict), *self._copies(verdict)]

@@ -39,7 +39,7 @@ class Asking:
 
 
 class Giving:
-    """The front's end. An engine that is gone asks for nothing."""
+    """The front's end."""
 
     def __init__(self) -> None:
         self._socket, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -55,8 +55,8 @@ class Giving:
     def _send(self, said: bytes, links: list[int]) -> None:
         try:
             socket.send_fds(self._socket, [said], links)
-        except OSError:
-            return
+        except OSError:  # an engine that is gone asks for nothing; another one must not wait
+            self._socket.close()
 
     def close(self) -> None:
         self._socket.close()

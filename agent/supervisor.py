@@ -260,6 +260,8 @@ class Supervisor:
             )
         except LinkError as error:
             self._no_link(broken.kind, f"{broken}; not reached again within {patience:g} s: {error}")
+        except OSError as error:
+            self._no_link(broken.kind, f"{broken}; no other link can be made: {error}")
         else:
             self._renewals.give(theirs)
 

@@ -7,7 +7,9 @@ as Python does it (`os.fsdecode`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple, TypeVar
@@ -24,6 +26,7 @@ PROT_EXEC: Final = 4
 _READ_SIZE: Final = 1 << 16  # the kernel gives a page at a time anyway
 _RECORD_SIZE: Final = 1 << 13
 _COMMAND_SIZE: Final = 1 << 17
+_READINGS: Final = 100
 
 
 def is_text(path: str) -> bool:
@@ -112,7 +115,7 @@ def _maps_line(line: str) -> MapsLine:
 
 def maps(pid: int) -> list[MapsLine]:
     """/proc/PID/maps in address order, without `vmflags`: cheap, no page table walk."""
-    return parse_maps(read(f"/proc/{pid}/maps"))
+    return _in_order(lambda: parse_maps(read(f"/proc/{pid}/maps")))
 
 
 def parse_maps(text: bytes) -> list[MapsLine]:
@@ -121,7 +124,21 @@ def parse_maps(text: bytes) -> list[MapsLine]:
 
 def smaps(pid: int) -> list[MapsLine]:
     """/proc/PID/smaps with `vmflags`: walks the page tables, a dozen milliseconds a GiB."""
-    return parse_smaps(read_smaps(pid))
+    return _in_order(lambda: parse_smaps(read_smaps(pid)))
+
+
+def _in_order(look: Callable[[], list[MapsLine]]) -> list[MapsLine]:
+    """Of a process that runs: the kernel lets it go on between two lines, and may show a mapping behind a
+    part of itself that was another one a moment ago (seen on 6.18, once in 200 times of a process that maps
+    without end).
+
+    BlockingIOError if that is so each time.
+    """
+    for _ in range(_READINGS):
+        lines = look()
+        if all(before.end <= line.start for before, line in itertools.pairwise(lines)):
+            return lines
+    raise BlockingIOError(errno.EAGAIN, "its mappings change all the time", "/proc/PID/maps")
 
 
 def read_smaps(pid: int) -> bytes:

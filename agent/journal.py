@@ -66,7 +66,7 @@ class Departure(msgspec.Struct, frozen=True, kw_only=True):
     agent: Task  # the engine
     destination: str
     ssh: SshOptions
-    boot: str  # boot id of the destination's host
+    boot: str = ""  # boot id of the destination's host, once it has said it
     awaited: bool = False  # there, if the link breaks
     addresses: tuple[ServiceAddress, ...]
 
@@ -143,6 +143,11 @@ class Entry(Generic[C]):
             raise Overtaken(
                 f"migration {self.migration} is {found or 'unknown'} here, not {before.suffix[1:]}"
             ) from None
+
+    def rewrite(self, content: C) -> None:
+        """Whoever reads it finds one or the other. OSError."""
+        _write(self.path, content)
+        self.content = content
 
     def age(self) -> float:
         """Seconds since it was written."""

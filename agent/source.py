@@ -344,6 +344,7 @@ class Migration:
         delta = measure_delta(self.link, self.request.pid)
         if self._renewal is not None and self.options.reconnect_ms:
             self._patience = math.ceil(self.options.reconnect_ms / 1000 + NOTICING_S)
+        self._open_journal()
         self.link.send(
             protocol.Prepare(
                 monotonic_delta=delta[0],
@@ -357,20 +358,11 @@ class Migration:
         self.report = msgspec.structs.replace(
             self.report, destination=Endpoint(host=self.report.destination.host, pid=prepared.pid)
         )
-        self._journal = Entry.begin(
-            self.name,
-            states.Departure.OPEN,
-            Departure(
-                process=Task.of(self.request.pid),
-                agent=Task.of(os.getpid()),
-                destination=self.request.destination,
-                ssh=self.request.ssh,
-                boot=prepared.boot,
-                awaited=prepared.resumable,
-                addresses=tuple(self.network.addresses),
-            ),
+        assert self._journal is not None
+        known = msgspec.structs.replace(
+            self._journal.content, boot=prepared.boot, awaited=prepared.resumable
         )
-        self._guardian = Guardian("outgoing", self.name)
+        self._journal.rewrite(known)
         encoder = Encoder(self.options.compression, self.options.compression_level, self.options.bandwidth)
         self.rounds = Rounds(self.process, self.link, encoder, found.files)
         self.rounds.sender.drop = _page_to_drop()
@@ -382,6 +374,22 @@ class Migration:
         gc.collect()
         gc.freeze()
         self.rounds.start_tracking()
+
+    def _open_journal(self) -> None:
+        """Before there is a shadow, which waits for us if we die: somebody has to tell it."""
+        self._journal = Entry.begin(
+            self.name,
+            states.Departure.OPEN,
+            Departure(
+                process=Task.of(self.request.pid),
+                agent=Task.of(os.getpid()),
+                destination=self.request.destination,
+                ssh=self.request.ssh,
+                awaited=self._patience > 0,
+                addresses=tuple(self.network.addresses),
+            ),
+        )
+        self._guardian = Guardian("outgoing", self.name)
 
     def _precopy(self) -> None:
         assert self.rounds is not None

@@ -27,6 +27,7 @@ SETTLED_WITHIN: Final = 15.0  # after the command, and the last fault, have ende
 # More, once there is a service on both hosts: it looks every 30 s. A destination that nobody told that its
 # source will not come back waits for it about as long.
 CLEAN_WITHIN: Final = 40.0
+_NAME: Final = "faults"
 _INJECT: Final = Path(__file__).with_name("inject")
 _MOVE: Final = ("migrate", "move")
 _OPTIONS: Final = ("--json", "--log-format", "json", "-v", "--reconnect", "2s")
@@ -49,10 +50,9 @@ _QUICK: Final = {
 class Campaign:
     """A lab that is up for many runs; it is made anew after one that went wrong."""
 
-    def __init__(self, keep: bool = False, name: str = "faults") -> None:
-        """`keep`: evidence also of runs that went well. `name`: the lab's."""
+    def __init__(self, keep: bool = False) -> None:
+        """`keep`: evidence also of runs that went well."""
         self._keep = keep
-        self._name = name
         self._lab: Hosts | None = None
         self._hosts: dict[str, Host] = {}
         self._subject: Subject | None = None
@@ -88,8 +88,8 @@ class Campaign:
     def _up(self) -> tuple[Hosts, Subject]:
         if self._lab is not None and self._subject is not None:
             return self._lab, self._subject
-        shared = plan.shared(f"{self._name}-{os.getpid()}")
-        self._lab = Hosts(self._name, variables={"PYTHONPATH": str(_INJECT), "MIGRATE_FAULTS": str(shared)})
+        shared = plan.shared(f"{_NAME}-{os.getpid()}")
+        self._lab = Hosts(_NAME, variables={"PYTHONPATH": str(_INJECT), "MIGRATE_FAULTS": str(shared)})
         self._lab.up()
         self._hosts = {name: Host(self._lab, name) for name in ("alpha", "beta")}
         self._subject = Subject(self._lab, self._hosts)

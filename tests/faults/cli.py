@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--part",
         default="1/1",
         metavar="K/N",
-        help="of N that run at the same time, each in a lab of its own",
+        help="one of N of all that is asked for",
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="evidence of violations")
     return parser.parse_args(arguments)
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     build()
     verdicts: list[Verdict] = []
     try:
-        with Campaign(options.keep, f"faults{part}") as campaign:
+        with Campaign(options.keep) as campaign:
             for number, case in enumerate(wanted, 1):
                 verdict = campaign.run(case)
                 verdicts.append(verdict)

@@ -14,14 +14,6 @@ from transport.link import Link, socket_pair
 from transport.ssh import OnLine
 from transport.target import HostTarget
 
-# what may be otherwise in a moment
-PASSING: Final = (
-    link_errors.ConnectionLost,
-    link_errors.ConnectionRefused,
-    link_errors.HostUnreachable,
-    link_errors.HostNotFound,
-    link_errors.SshFailed,
-)
 _PAUSE: Final = 0.2  # seconds between two attempts
 
 
@@ -42,7 +34,7 @@ async def reopen(
         except TimeoutError:
             theirs.close()
             raise link_errors.HostUnreachable(str(target), f"no answer within {patience:g} s") from None
-        except PASSING:
+        except link_errors.PASSING:
             theirs.close()
             if loop.time() + _PAUSE > deadline:
                 raise

@@ -33,13 +33,14 @@ from agent.resources import service_address
 from agent.settle import Verdict
 from agent.states import Recovering, recovered
 from agent.tracee import InjectedCallFailed
-from transport.link_errors import LinkError
+from transport.link_errors import PASSING, LinkError
 
 Live = Literal["source", "destination"]
 CALL_OFF_TIMEOUT: Final = 4.0
 ANSWER_TIMEOUT: Final = 60.0  # seconds; the other end may have to wait for its agent
 REMEMBERED: Final = 86400.0  # seconds that a destination is sought to be told how it ended
 _DEATH: Final = 30.0
+_PAUSE: Final = 0.2  # seconds between two attempts
 _LIVES: Final[dict[Live, str]] = {"source": "void", "destination": "live"}
 
 
@@ -108,9 +109,19 @@ def call_off(destination: str, options: SshOptions, migration: str) -> None:
 async def _call_off(destination: str, options: SshOptions, migration: str) -> None:
     with contextlib.suppress(LinkError, TimeoutError, EOFError, OSError):
         async with asyncio.timeout(CALL_OFF_TIMEOUT):
-            async with _verdict(destination, options, migration, "") as (verdict, settled):
-                if verdict.state == "void":
-                    settled()
+            while not await _told(destination, options, migration):
+                await asyncio.sleep(_PAUSE)
+
+
+async def _told(destination: str, options: SshOptions, migration: str) -> bool:
+    """Whether the destination could be. LinkError, EOFError: nor can it be in a moment."""
+    try:
+        async with _verdict(destination, options, migration, "") as (verdict, settled):
+            if verdict.state == "void":
+                settled()
+    except PASSING:
+        return False
+    return True
 
 
 @contextlib.asynccontextmanager

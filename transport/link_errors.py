@@ -6,7 +6,7 @@ called and nowhere else (`transport.ssh`), so that nobody else needs to know the
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class LinkError(Exception):
@@ -104,3 +104,7 @@ class AgentFailed(LinkError):
     """The agent ended before its work was done."""
 
     kind = "agent-failed"
+
+
+# what may be otherwise in a moment
+PASSING: Final = (ConnectionLost, ConnectionRefused, HostUnreachable, HostNotFound, SshFailed)

@@ -36,7 +36,7 @@ from agent.tracee import InjectedCallFailed
 from transport.link_errors import PASSING, LinkError
 
 Live = Literal["source", "destination"]
-CALL_OFF_TIMEOUT: Final = 4.0
+CALL_OFF_TIMEOUT: Final = 4.0  # seconds that a destination is sought for that; one that is found may be slow
 ANSWER_TIMEOUT: Final = 60.0  # seconds; the other end may have to wait for its agent
 REMEMBERED: Final = 86400.0  # seconds that a destination is sought to be told how it ended
 _DEATH: Final = 30.0
@@ -107,16 +107,16 @@ def call_off(destination: str, options: SshOptions, migration: str) -> None:
 
 
 async def _call_off(destination: str, options: SshOptions, migration: str) -> None:
+    deadline = asyncio.get_running_loop().time() + CALL_OFF_TIMEOUT
     with contextlib.suppress(LinkError, TimeoutError, EOFError, OSError):
-        async with asyncio.timeout(CALL_OFF_TIMEOUT):
-            while not await _told(destination, options, migration):
-                await asyncio.sleep(_PAUSE)
+        while not await _told(destination, options, migration, deadline):
+            await asyncio.sleep(_PAUSE)
 
 
-async def _told(destination: str, options: SshOptions, migration: str) -> bool:
-    """Whether the destination could be. LinkError, EOFError: nor can it be in a moment."""
+async def _told(destination: str, options: SshOptions, migration: str, reach_by: float) -> bool:
+    """Whether the destination could be. LinkError, TimeoutError, EOFError: nor can it be in a moment."""
     try:
-        async with _verdict(destination, options, migration, "") as (verdict, settled):
+        async with _verdict(destination, options, migration, "", reach_by) as (verdict, settled):
             if verdict.state == "void":
                 settled()
     except PASSING:
@@ -126,10 +126,10 @@ async def _told(destination: str, options: SshOptions, migration: str) -> bool:
 
 @contextlib.asynccontextmanager
 async def _verdict(
-    destination: str, options: SshOptions, migration: str, boot: str
+    destination: str, options: SshOptions, migration: str, boot: str, reach_by: float | None = None
 ) -> AsyncIterator[tuple[Verdict, Callable[[], None]]]:
     """The destination's word, and what tells it that nobody will ask again. LinkError, TimeoutError,
-    EOFError.
+    EOFError. `reach_by` is the loop's time.
     """
     from transport import ssh
     from transport.target import parse_host
@@ -140,7 +140,8 @@ async def _verdict(
     ours, theirs = socket.socketpair()
     command = ssh.agent_command(options, ("settle", migration, "--boot", boot))
     async with asyncio.timeout(ANSWER_TIMEOUT):
-        connection = await ssh.connect(target, options)
+        async with asyncio.timeout_at(reach_by):
+            connection = await ssh.connect(target, options)
         try:
             reader, writer = await asyncio.open_connection(sock=ours)
             bridge = await ssh.open_bridge(connection, target, command, theirs, said.append)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from agent import checks, inventory, journal, privileges, protocol
+from agent import checks, journal, privileges, protocol, reasons, suitability
 from agent.api import Blocker, Notice
 from agent.clocks import boottime_ns
 from agent.descriptors import Rebuilding, Refusal, not_agreed
@@ -62,16 +62,15 @@ def serve(reading: int, writing: int) -> None:
     except (LinkClosed, PeerFailed) as error:
         print(f"migration ended: {error}", file=sys.stderr)
     except Exception as error:
-        _say_failed(link, error)
+        _say_failed(link, migration.why(error))
         raise
     finally:
         migration.close()
 
 
-def _say_failed(link: Link, error: Exception) -> None:
-    kind = getattr(error, "kind", None) or type(error).__name__.lower()
-    with contextlib.suppress(LinkClosed):
-        link.send(protocol.Failed(str(kind), str(error) or type(error).__name__))
+def _say_failed(link: Link, error: BaseException) -> None:
+    with contextlib.suppress(LinkClosed, PeerFailed):
+        link.send(protocol.Failed(reasons.kind(error), reasons.message(error)))
 
 
 class Incoming:
@@ -96,6 +95,7 @@ class Incoming:
         self._stamps: dict[str, tuple[int, int, int] | None] = {}
         self._offer: protocol.Offer | None = None
         self._refused = True
+        self._oom_kills = reasons.oom_kills()
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             protocol.Ping: self._ping,
             protocol.NewFiles: self._new_files,
@@ -148,8 +148,7 @@ class Incoming:
         blockers += [b for b in compared if b is not None]
         blockers += [b for b in map(pipe.compare, offer.fifos) if b is not None]
         blockers += [b for b in map(unix_socket.compare, offer.services) if b is not None]
-        blockers += _directory_blockers(offer)
-        blockers += _cpu_blockers(offer)
+        blockers += suitability.blockers(offer, _CHANNEL_FD)
         blockers += self.network.check(offer.addresses, offer.listeners, offer.connections)
         missing = tuple(dict.fromkeys(file_resource.missing(wanted))) if offer.copy_files else ()
         unshared = tuple(dict.fromkeys(f.path for f in wanted if not file_resource.shared(f)))
@@ -439,6 +438,13 @@ class Incoming:
         self.link.send(protocol.Done(notices=tuple(self._late)))
         self.network.announce_again()
 
+    def why(self, error: Exception) -> BaseException:
+        """What is behind a failure: the shadow may have been killed."""
+        ended: reasons.Shortage | None = None
+        if self.shadow is not None and (self._entry is None or self._entry.state is Destination.HELD):
+            ended = reasons.killed(self.shadow.pid, self._oom_kills)
+        return ended or reasons.explained(error)
+
     def close(self) -> None:
         """Roll back what is not committed; close what is ours. Rebuilt sockets, under repair, close
         silently.
@@ -495,35 +501,6 @@ def _check_paths(paths: Iterable[str]) -> None:
     for path in paths:
         if not path.startswith("/") or path != os.path.normpath(path) or "\0" in path:
             raise ProtocolError(f"{path!r} is not the path of an open file")
-
-
-def _directory_blockers(offer: protocol.Offer) -> list[Blocker]:
-    return [
-        Blocker(
-            kind="directory-missing",
-            what=path,
-            why="the process works in it or has it open, and the destination does not have it",
-            hint="create it there, or share the file system",
-        )
-        for path in dict.fromkeys(offer.directories)
-        if not os.path.isdir(path)
-    ]
-
-
-def _cpu_blockers(offer: protocol.Offer) -> list[Blocker]:
-    found: list[Blocker] = []
-    absent = sorted(set(offer.cpu_flags) - set(inventory.cpu_flags()))
-    if absent:
-        why = f"the destination's CPU lacks {', '.join(absent)}"
-        found.append(
-            Blocker(kind="cpu-features", what="CPU", why=why, hint="choose a host with the same CPU")
-        )
-    if offer.vdso_digest and offer.vdso_digest != inventory.own_vdso_digest():
-        why = "the destination's kernel has another vDSO"
-        found.append(
-            Blocker(kind="vdso-differs", what="vDSO", why=why, hint="run the same kernel on both hosts")
-        )
-    return found
 
 
 def _notices(offer: protocol.Offer) -> list[Notice]:

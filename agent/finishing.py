@@ -26,6 +26,7 @@ from agent.resources import (
     file_locks,
     identity,
     memory_lock,
+    oom_score,
     regular_file,
     signals,
     threads,
@@ -142,7 +143,7 @@ class Finish:
             raise ProtocolError(f"{len(self._to_come)} of {len(state.tids)} threads did not come")
         _memory_map(shadow, state, self._executable)
         identity.restore_limits(shadow.pid, state.limits)  # after it: it may have more than it could get now
-        self.notices += _oom_score(shadow, state)
+        self.notices += oom_score.restore(shadow.pid, state.oom_score_adj, shadow.oom_score_adj)
         self._run([self._leader])
         shadow.leave_scratch()
         _set_registers(shadow, self._leader)
@@ -233,21 +234,6 @@ def _memory_map(shadow: Shadow, state: ProcessState, executable: int) -> None:
     )
     batch.call("close executable", arch.NR_close, executable)
     shadow.run(shadow.pid, batch)
-
-
-def _oom_score(shadow: Shadow, state: ProcessState) -> list[Notice]:
-    """Set from outside; what could not be kept."""
-    path = f"/proc/{shadow.pid}/oom_score_adj"
-    with open(path) as file:
-        now = int(file.read())
-    if now != state.oom_score_adj:
-        try:
-            with open(path, "w") as file:
-                file.write(str(state.oom_score_adj))
-        except PermissionError:
-            message = f"oom_score_adj {state.oom_score_adj} needs CAP_SYS_RESOURCE here; it is {now}"
-            return [Notice(kind="oom-score", message=message)]
-    return []
 
 
 def _wait_again(shadow: Shadow, some: dict[int, ThreadState], registers: Registers) -> None:

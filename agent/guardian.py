@@ -18,7 +18,7 @@ from typing import Final
 from agent import journal
 from agent.cleanup import Busy
 from agent.journal import Role
-from agent.kernel.clone import set_name
+from agent.kernel.clone import fork, set_name
 from agent.states import Departure, Destination
 from agent.tracee import InjectedCallFailed
 
@@ -32,8 +32,14 @@ class Guardian:
     """Of the calling process, which is the agent in this role of migration `name`."""
 
     def __init__(self, role: Role, name: str) -> None:
+        """OSError; LimitReached."""
         reading, self._writing = os.pipe()
-        self._pid = os.fork()
+        try:
+            self._pid = fork()
+        except OSError:
+            os.close(reading)
+            os.close(self._writing)
+            raise
         if self._pid == 0:
             try:
                 _watch(reading, role, name)

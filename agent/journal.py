@@ -25,6 +25,7 @@ import msgspec
 from agent import states
 from agent.api import SshOptions
 from agent.kernel import procfs
+from agent.kernel.errors import about
 from agent.resources.service_address import ServiceAddress
 from agent.resources.tcp import TcpConnection, TcpListener
 from agent.server.places import make_private, runtime
@@ -176,7 +177,7 @@ class Entry(Generic[C]):
 def _write(path: Path, content: msgspec.Struct) -> None:
     """In one step, for us alone. Whoever dies before it leaves no file, unless there was one already."""
     fd = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
+    with about(str(path)), open(fd, "wb") as file:
         file.write(msgspec.msgpack.encode(content))
         file.flush()
         try:

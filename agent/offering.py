@@ -56,6 +56,8 @@ class Offering:
             vdso_digest=found.vdso_digest,
             cpu_flags=inventory.cpu_flags(),
             limits=tuple(procfs.limits(pid)),
+            memory=_own_memory(pid),
+            descriptors=_counted(found.descriptors),
             directories=inventory.directories(found),
             fifos=inventory.fifos(found),
             listeners=tuple(network.listeners),
@@ -148,3 +150,17 @@ class Offering:
             if file.path in self._unshared and stamp(file.path) != file.stamp:
                 why = f"{file.path} was written to during the migration; it is not shared"
                 raise Unmovable("file-changed", why)
+
+
+def _counted(files: list[OpenFile]) -> tuple[int, int]:
+    """How many open files there are, and the highest descriptor."""
+    return len(files), max((fd for file in files for fd, _ in file.numbers), default=0)
+
+
+def _own_memory(pid: int) -> int:
+    """Bytes that it has for itself, swapped out or not; 0 if it has just ended."""
+    try:
+        status = procfs.status(pid)
+    except ProcessLookupError:
+        return 0
+    return sum(int(status.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "VmSwap"))

@@ -118,6 +118,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True, tag="offer"):
     vdso_digest: Digest
     cpu_flags: Annotated[tuple[Word, ...], Meta(max_length=4096)]
     limits: Limits
+    memory: U63 = 0  # bytes that are no file's
+    descriptors: tuple[U32, U32] = (0, 0)  # open files, and the highest number
     directories: Paths  # cwd and opened directories
     fifos: Annotated[tuple[Fifo, ...], Meta(max_length=MAX_FILES)] = ()
     listeners: Annotated[tuple[TcpListener, ...], Meta(max_length=MAX_SOCKETS)]

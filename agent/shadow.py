@@ -30,8 +30,17 @@ from agent.kernel.arch.x86_64 import PAGE, Address, Registers
 from agent.kernel.memory import IOV_MAX, MemoryFault, RemoteMemory, address_of
 from agent.layout import Flag, Mapping
 from agent.pageset import PageSet
-from agent.resources import signals
-from agent.tracee import ALL_SIGNALS, CODE, SCRATCH_SIZE, Batch, Outcome, Tracee, wait_event_stop
+from agent.resources import oom_score, signals
+from agent.tracee import (
+    ALL_SIGNALS,
+    CODE,
+    SCRATCH_SIZE,
+    Batch,
+    InjectedCallFailed,
+    Outcome,
+    Tracee,
+    wait_event_stop,
+)
 
 MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02
@@ -81,7 +90,8 @@ class Shadow(Tracee):
         self._channel_fd = spawned.channel_fd
         self.layout: list[Mapping] = []
         self.threads: dict[int, int] = {}  # the process's own number -> as we see it
-        self._born: list[int] = []
+        self._born: list[int] = []  # threads of the last batch, as we see them
+        self.oom_score_adj = oom_score.go_first(spawned.pid)  # that it had before
         self._process = pidfd.open_process(spawned.pid)  # which it stays, also when we have let it go
         self._locking: list[tuple[int, int, int]] = []  # mlock2 calls of a batch: index, start, end
 
@@ -330,7 +340,10 @@ class Shadow(Tracee):
             arguments = batch.put(clone.clone_args(clone.THREAD, number))
             batch.call(f"clone3 {tid}", arch.NR_clone3, arguments, clone.CLONE_ARGS_SIZE)
         self._born = []
-        self.run(self.pid, batch)
+        try:
+            self.run(self.pid, batch)
+        except InjectedCallFailed as error:
+            raise clone.limit_of(error) or error from None
         for tid, seen_as in zip(missing, self._born, strict=True):
             wait_event_stop(seen_as, time.monotonic() + 5)
             self.threads[tid] = seen_as
@@ -471,7 +484,8 @@ class Shadow(Tracee):
             os.kill(self.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
-        for tid in [*(t for t in self.threads.values() if t != self.pid), self.pid]:
+        others = {*self.threads.values(), *self._born} - {self.pid}
+        for tid in [*others, self.pid]:  # the last one ends when the others have been waited for
             try:
                 while True:
                     _, status = os.waitpid(tid, ptrace.WALL)

@@ -21,7 +21,7 @@ from functools import partial
 
 import msgspec
 
-from agent import inventory, journal, protocol, recovery, states
+from agent import inventory, journal, protocol, reasons, recovery, states
 from agent.api import Blocker as ApiBlocker
 from agent.api import (
     Checked,
@@ -159,6 +159,7 @@ class Migration:
 
     def _failed(self, error: BaseException, touched: bool) -> None:
         """Undo everything that is not committed; say what happened."""
+        error = reasons.explained(error)
         kind, where = _classify(error)
         if self.frozen is not None and self.frozen.committed:
             self.frozen.leave_in_doubt()
@@ -193,7 +194,7 @@ class Migration:
                 step()
             except Exception as error:
                 done = False
-                self.emit(Log(level="error", message=f"rolling back, {what}: {_message(error)}"))
+                self.emit(Log(level="error", message=f"rolling back, {what}: {reasons.message(error)}"))
         self._tell_off()
         if done:
             self._forget()
@@ -222,8 +223,8 @@ class Migration:
     ) -> None:
         info = None
         if error is not None:
-            info = ErrorInfo(kind=kind, message=_message(error), where=where)  # type: ignore[arg-type]
-        self._state(Source(outcome), _message(error) if error else "")
+            info = ErrorInfo(kind=kind, message=reasons.message(error), where=where)  # type: ignore[arg-type]
+        self._state(Source(outcome), reasons.message(error) if error else "")
         self.report = msgspec.structs.replace(
             self.report,
             outcome=outcome,
@@ -235,7 +236,7 @@ class Migration:
         )
         if self.request.operation == "check" and outcome is Outcome.REFUSED and not blockers:
             blocker = ApiBlocker(
-                kind=kind, what=f"pid {self.request.pid}", why=_message(error) if error else ""
+                kind=kind, what=f"pid {self.request.pid}", why=reasons.message(error) if error else ""
             )
             self.emit(Checked(result=self._check_result(None, [blocker], [])))
             return
@@ -539,7 +540,7 @@ class Migration:
             return notices
         except Exception as error:
             frozen.bury()
-            return (Notice(kind="link", message=f"after the process was live: {_message(error)}"),)
+            return (Notice(kind="link", message=f"after the process was live: {reasons.message(error)}"),)
 
 
 class _Pacer:
@@ -599,12 +600,6 @@ def _exited(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
 
 
-def _message(error: BaseException | None) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
-
-
 _KINDS: tuple[tuple[type[BaseException], str, str], ...] = (
     (LinkClosed, "link-closed", "link"),
     (ProtocolError, "protocol", "link"),
@@ -619,9 +614,7 @@ def _classify(error: BaseException) -> tuple[str, str]:
     """(kind, where) of a failure."""
     if isinstance(error, PeerFailed):
         return error.kind, "destination"
-    if isinstance(error, Unmovable):
-        return error.kind, "source"
     for type_, kind, where in _KINDS:
         if isinstance(error, type_):
             return kind, where
-    return type(error).__name__.lower(), "source"
+    return reasons.kind(error), "source"

@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from agent import launch, privileges
+from agent import launch, privileges, reasons
 from agent.kernel import clone, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.errors import check, libc
@@ -46,7 +46,11 @@ class Spawned(msgspec.Struct, frozen=True):
 
 
 class SpawnFailed(Exception):
-    pass
+    """`kind` as in a report."""
+
+    def __init__(self, message: str, kind: str = "spawn-failed") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def spawn(wanted: Wanted, seed: bytes, channel_fd: int) -> Spawned:
@@ -55,7 +59,7 @@ def spawn(wanted: Wanted, seed: bytes, channel_fd: int) -> Spawned:
     ours.settimeout(_TIMEOUT)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     separate = not _numbers_free({wanted.pid, *wanted.taken})
-    helper = os.fork()
+    helper = clone.fork()
     if helper == 0:
         _in_child(lambda: _helper(wanted, seed, theirs, channel_fd, separate), theirs)
     theirs.close()
@@ -63,7 +67,11 @@ def spawn(wanted: Wanted, seed: bytes, channel_fd: int) -> Spawned:
     os.waitpid(helper, 0)
     ptrace.seize(pid, SHADOW_OPTIONS | ptrace.PTRACE_O_TRACEEXEC)
     ours.send(b"g")
-    status = ptrace.wait(pid)
+    try:
+        status = ptrace.wait(pid)
+    except ptrace.TaskEnded:
+        _hello(ours)  # it says why
+        raise
     if ptrace.event(status) != ptrace.PTRACE_EVENT_EXEC:
         raise SpawnFailed(f"the shadow stopped with status {status:#x} before its seed ran")
     ptrace.set_options(pid, SHADOW_OPTIONS)
@@ -77,10 +85,11 @@ def _numbers_free(numbers: set[int]) -> bool:
 
 
 def _hello(ours: socket.socket) -> int:
-    """The child's first message: its number as we see it (the kernel translates, unix(7) SCM_CREDENTIALS)."""
+    """The child's message: its number as we see it (the kernel translates, unix(7) SCM_CREDENTIALS)."""
     data, control, _, _ = ours.recvmsg(4096, socket.CMSG_SPACE(12))
-    if not data.startswith(b"h"):
-        raise SpawnFailed(data.decode("utf-8", "replace") or "the shadow ended at its birth")
+    if data != b"h":
+        name, _, why = data.decode("utf-8", "replace").partition(" ")
+        raise SpawnFailed(why or "the shadow ended at its birth", name or "spawn-failed")
     for level, kind, payload in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
             return int(struct.unpack("iII", payload)[0])
@@ -91,8 +100,10 @@ def _in_child(work: object, theirs: socket.socket) -> None:
     """Run in a forked child: whatever goes wrong is said over the channel, and the child ends."""
     try:
         work()  # type: ignore[operator]
-    except BaseException:
-        theirs.send(b"!" + traceback.format_exc(limit=3).encode()[-4000:])
+    except BaseException as error:
+        traceback.print_exc()
+        why = reasons.explained(error)
+        theirs.send(f"{reasons.kind(why)} {reasons.message(why)}".encode()[:4000])
     finally:
         os._exit(1)
 
@@ -105,7 +116,7 @@ def _helper(wanted: Wanted, seed: bytes, theirs: socket.socket, channel_fd: int,
         clone.set_time_offsets(monotonic + wanted.monotonic_delta, boottime + wanted.boottime_delta)
     if separate:
         clone.unshare(clone.CLONE_NEWPID | clone.CLONE_NEWNS)
-        if os.fork() == 0:
+        if clone.fork() == 0:
             _in_child(lambda: _reaper(wanted, seed, theirs, channel_fd), theirs)
     elif clone.fork_as(wanted.pid) == 0:
         _in_child(lambda: _child(wanted, seed, theirs, channel_fd), theirs)

@@ -51,7 +51,7 @@ SECTIONS: Final = {
     ),
     "tcp": ("resources/tcp/blockers.py",),
     "addresses": ("network.py", "resources/service_address.py"),
-    "destination": ("destination.py", "resources/files.py"),
+    "destination": ("destination.py", "suitability.py", "resources/files.py"),
 }
 # how a refusal is written down: the functions that build one, and what their arguments are
 BUILDERS: Final = {

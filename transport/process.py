@@ -41,9 +41,10 @@ class ProcessEnd(msgspec.Struct, frozen=True, kw_only=True):
         if self.status in _NOT_FOUND:
             hint = "install migrate there, or say where it is with --agent-command"
             return errors.AgentNotFound(self.host, self._with_words("the agent cannot be started"), hint)
-        return errors.AgentFailed(
-            self.host, self._with_words(f"the agent ended {self._how()}"), "see --log-file or -v"
-        )
+        hint = "see --log-file or -v"
+        if self.signal == "KILL":
+            hint = "was it killed because memory ran out? see dmesg there"
+        return errors.AgentFailed(self.host, self._with_words(f"the agent ended {self._how()}"), hint)
 
     def _how(self) -> str:
         if self.signal is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import struct
@@ -41,17 +42,43 @@ def clone_args(flags: int, set_tid: int, exit_signal: int = 0) -> bytes:
     return struct.pack("<11Q", flags, 0, 0, 0, exit_signal, 0, 0, 0, set_tid, 1 if set_tid else 0, 0)
 
 
+class LimitReached(OSError):
+    """No more processes, threads or namespaces can be made."""
+
+
+def limit_of(error: OSError) -> LimitReached | None:
+    """What a failed fork(2), clone3(2) or unshare(2) means by it; None if it is something else."""
+    if error.errno in (errno.EAGAIN, errno.ENOSPC, errno.EUSERS):
+        return LimitReached(error.errno, error.strerror, error.filename)
+    return None
+
+
+def fork() -> int:
+    """fork(2). LimitReached."""
+    try:
+        return os.fork()
+    except BlockingIOError as error:
+        raise LimitReached(error.errno, error.strerror, "fork") from None
+
+
 def fork_as(pid: int) -> int:
-    """fork(2), but the child's number in this pid namespace is `pid`. FileExistsError if it is taken."""
+    """The same, but the child's number in this pid namespace is `pid`. FileExistsError if it is taken."""
     number = ctypes.c_int(pid)
     arguments = ctypes.create_string_buffer(
         clone_args(0, ctypes.addressof(number), exit_signal=signal.SIGCHLD), CLONE_ARGS_SIZE
     )
-    return check(_held.syscall(NR_clone3, arguments, CLONE_ARGS_SIZE), f"pid {pid}")
+    try:
+        return check(_held.syscall(NR_clone3, arguments, CLONE_ARGS_SIZE), f"pid {pid}")
+    except OSError as error:
+        raise limit_of(error) or error from None
 
 
 def unshare(flags: int) -> None:
-    check(libc.unshare(flags), f"unshare {flags:#x}")
+    """LimitReached, OSError."""
+    try:
+        check(libc.unshare(flags), f"unshare {flags:#x}")
+    except OSError as error:
+        raise limit_of(error) or error from None
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0) -> None:

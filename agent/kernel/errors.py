@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -15,3 +17,12 @@ def check(result: int, subject: str) -> int:
         errno = ctypes.get_errno()
         raise OSError(errno, os.strerror(errno), subject)
     return result
+
+
+@contextlib.contextmanager
+def about(subject: str) -> Iterator[None]:
+    """An OSError in it has this subject: read(2) and write(2) in Python have none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, subject) from error

@@ -105,10 +105,12 @@ class RemoteMemory:
         return data
 
     def write(self, address: int, data: bytes | memoryview) -> None:
-        """Write through protections (the process gets its own copy of a private page)."""
+        """Write through protections (the process gets its own copy of a private page). ProcessLookupError."""
         view = memoryview(data)
         while view:
             count = os.pwrite(self._mem, view, address)
+            if not count:  # it has no memory any more
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), f"pid {self.pid}")
             view, address = view[count:], address + count
 
 

@@ -20,6 +20,7 @@ import msgspec
 from agent.api import Blocker
 from agent.bounds import I64, U32, U63, U64, Digest, Mode, PathText, Word
 from agent.kernel import elf
+from agent.kernel.errors import about
 from agent.resources import file_locks
 from agent.unmovable import Unmovable
 
@@ -245,12 +246,14 @@ class IncomingFile:
             raise
 
     def write(self, data: bytes) -> None:
+        """OSError."""
         self._left -= len(data)
         if self._left < 0:
             raise OSError(errno.EFBIG, f"more than the {self.file.size} bytes announced", self.file.path)
         view = memoryview(data)
-        while view:
-            view = view[os.write(self._fd, view) :]
+        with about(self.file.path):
+            while view:
+                view = view[os.write(self._fd, view) :]
 
     def finish(self) -> None:
         """Give it its name; OSError if the content is not what was announced or the name is taken by now."""

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from unit.children import forked
 
-from agent import destination, inventory
+from agent import inventory, suitability
 from agent.kernel import procfs, ptrace
 from agent.kernel.arch import x86_64_features as features
 
@@ -55,7 +55,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch, theirs: set[str], ours: set[str]) -
     """Why the destination, which has `ours`, refuses a process that may depend on `theirs`."""
     monkeypatch.setattr(inventory, "cpu_flags", lambda: tuple(ours))
     offer = SimpleNamespace(cpu_flags=tuple(theirs), vdso_digest=b"")
-    return [b.why for b in destination._cpu_blockers(cast(Any, offer)) if b.kind == "cpu-features"]
+    return [b.why for b in suitability._cpu_blockers(cast(Any, offer)) if b.kind == "cpu-features"]
 
 
 def test_extended_state_that_the_destination_lacks_or_has_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,8 @@ class Link:
                 message = self._take()
                 if isinstance(message, Failed):
                     raise PeerFailed(message)
-                self._inbox.append(message)
+                if not isinstance(message, Resumed):  # which is about a connection that is broken again
+                    self._inbox.append(message)
 
     # --- in ---
 

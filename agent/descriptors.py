@@ -101,6 +101,12 @@ class Refusal(Exception):
         super().__init__(message)
         self.kind = kind
 
+    @classmethod
+    def by(cls, blocker: Blocker) -> Refusal:
+        """What would have been in the way of a check, but appeared after it."""
+        hint = f" ({blocker.hint})" if blocker.hint else ""
+        return cls(blocker.kind, f"{blocker.what}: {blocker.why}{hint}")
+
 
 def not_agreed(what: str) -> Refusal:
     return Refusal("not-agreed", f"{what}: not part of what was agreed before the move")
@@ -121,9 +127,15 @@ class Rebuilding:
         self.addresses: frozenset[str] = frozenset()
         self.services: frozenset[str] = frozenset()  # paths of unix sockets
         self.ends: dict[tuple[str, int], Any] = {}  # of pairs of sockets, the first that came
+        # what the process has opened in pre-copy and cannot have here: by path, or as in `listening`
+        self.refused: dict[object, Blocker] = {}
         self.filled: set[tuple[str, int]] = set()
         self.sockets: list[tuple[int, Any]] = []  # rebuilt TCP sockets, locked, with their states
         self.placed: dict[int, int] = {}  # their descriptors in the process
+
+    def not_agreed(self, key: object, what: str) -> Refusal:
+        """Of what the process has opened since the check."""
+        return Refusal.by(self.refused[key]) if key in self.refused else not_agreed(what)
 
     def close(self) -> None:
         for fds in self.shared.values():

@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from agent import checks, journal, privileges, protocol, reasons, suitability
 from agent.api import Blocker, Notice
@@ -48,6 +48,7 @@ from agent.tracee import SCRATCH_SIZE
 from agent.verification import check_rest, check_verify
 from transport.frames import LinkClosed, ProtocolError
 
+T = TypeVar("T")
 _CHANNEL_FD = 900
 _MAX_NOTICES = 1000  # about what came late; more would be somebody's doing
 
@@ -276,16 +277,32 @@ class Incoming:
     def _also(self, message: protocol.Also) -> None:
         """What of it cannot be had may be closed again before the freeze."""
         _check_paths([*(file.path for file in message.opened), *(one.path for one in message.fifos)])
-        opened = [f for f in message.opened if file_resource.compare_opened(f, copy_files=False) is None]
+        opened = self._to_be_had(message.opened, _path, _compare_opened)
         unshared = tuple(dict.fromkeys(f.path for f in opened if not file_resource.shared(f)))
         self._agree(
             opened,
             filter(os.path.isdir, message.directories),
-            [one for one in message.fifos if pipe.compare(one) is None],
-            [one for one in message.listeners if not self.network.check((), (one,))],
+            self._to_be_had(message.fifos, _path, pipe.compare),
+            self._to_be_had(message.listeners, bound_to, self._compare_listener),
         )
         self._stamps |= {path: file_resource.stamp(path) for path in unshared}
         self.link.send(protocol.Agreed(unshared))
+
+    def _to_be_had(
+        self, asked: Iterable[T], key: Callable[[T], object], compare: Callable[[T], Blocker | None]
+    ) -> list[T]:
+        """Those that are; why the others are not is said if they are still there in the freeze."""
+        had = []
+        for one in asked:
+            blocker = compare(one)
+            if blocker is None:
+                had.append(one)
+            else:
+                self.context.refused[key(one)] = blocker
+        return had
+
+    def _compare_listener(self, one: TcpListener) -> Blocker | None:
+        return next(iter(self.network.check((), (one,))), None)
 
     def _layout(self, message: protocol.Layout) -> None:
         assert self._offer is not None
@@ -479,6 +496,14 @@ class Incoming:
             os.close(self.context.sockets.pop()[0])
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _path(one: FileRef | pipe.Fifo) -> str:
+    return one.path
+
+
+def _compare_opened(file: FileRef) -> Blocker | None:
+    return file_resource.compare_opened(file, copy_files=False)
 
 
 def _no_pages(ranges: list[Range]) -> tuple[list[Range], bytearray]:

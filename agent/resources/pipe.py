@@ -178,6 +178,8 @@ def rouse(state: State, fd: int, process: Tracee) -> Callable[[], None]:
 
 def _create(state: State, context: Rebuilding) -> tuple[int, int]:
     if state.path:
+        if state.path in context.refused and state.path not in context.fifos:
+            raise context.not_agreed(state.path, state.path)
         if state.path in context.fifos:
             _make(context.fifos[state.path])
         reading, writing = _open_fifo(state)

@@ -135,7 +135,13 @@ def rebuild(state: State, context: Rebuilding) -> int:
 
 def _open(state: State, context: Rebuilding) -> int:
     """Looked at first: nothing but a file or directory that it may have is opened."""
-    looked = os.open(state.path, os.O_PATH | os.O_CLOEXEC)
+    if state.path in context.refused and state.path not in context.agreed:
+        raise context.not_agreed(state.path, state.path)
+    try:
+        looked = os.open(state.path, os.O_PATH | os.O_CLOEXEC)
+    except FileNotFoundError:
+        why = "the process has it open, and the destination does not have it (any more)"
+        raise Refusal("file-missing", f"{state.path}: {why}") from None
     try:
         found = os.fstat(looked)
         if stat.S_ISREG(found.st_mode):

@@ -11,8 +11,9 @@ import msgspec
 
 from agent.api import Blocker
 from agent.bounds import Nonblocking
-from agent.descriptors import OpenFile, Rebuilding, SourceProcess, not_agreed
+from agent.descriptors import OpenFile, Rebuilding, Refusal, SourceProcess, not_agreed
 from agent.kernel.tcp_repair import borrow
+from agent.reasons import Shortage, explained
 from agent.resources import tcp
 from agent.resources.service_address import stays_valid
 from agent.resources.tcp import options
@@ -67,9 +68,16 @@ def capture(file: OpenFile, process: SourceProcess) -> State:
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
-    """Locked and in repair until `tcp.activate`. Refusal if it was not agreed, and could be another's."""
+    """Locked and in repair until `tcp.activate`. Refusal if it was not agreed, and could be another's, or
+    cannot be had any more.
+    """
     _check(state.tcp, context)
-    fd = tcp.rebuild(state.tcp)
+    try:
+        fd = tcp.rebuild(state.tcp)
+    except OSError as error:
+        if isinstance(shortage := explained(error), Shortage):
+            raise shortage from error
+        raise Refusal.by(tcp.not_rebuilt(state.tcp, error)) from error
     os.set_blocking(fd, not state.flags & os.O_NONBLOCK)
     context.sockets.append((fd, state.tcp))
     return fd
@@ -78,10 +86,9 @@ def rebuild(state: State, context: Rebuilding) -> int:
 def _check(one: tcp.TcpSocket, context: Rebuilding) -> None:
     """What listens, or is bound, was tried out at the offer; connections may have been made since."""
     if isinstance(one, tcp.TcpListener):
-        agreed = not one.local.port or bound_to(one) in context.listening
-    else:
-        agreed = one.local.address in context.addresses or stays_valid(one.local.address)
-    if not agreed:
+        if one.local.port and bound_to(one) not in context.listening:
+            raise context.not_agreed(bound_to(one), f"tcp {one.local}")
+    elif one.local.address not in context.addresses and not stays_valid(one.local.address):
         raise not_agreed(f"tcp {one.local}")
 
 

@@ -14,6 +14,7 @@ from unit.children import wait_for
 ROOT: Final = Path("/sys/fs/cgroup")
 # controller -> its limit's file, in version 1 (a hierarchy of its own) and in version 2
 _LIMITS: Final = {"memory": ("memory.limit_in_bytes", "memory.max"), "pids": ("pids.max", "pids.max")}
+_USAGE: Final = {"memory.limit_in_bytes": "memory.usage_in_bytes", "memory.max": "memory.current"}
 
 
 class Cgroup:
@@ -26,11 +27,19 @@ class Cgroup:
             self.path = parent / f"migrate-test-{os.getpid()}"
             with contextlib.suppress(OSError):
                 self.path.mkdir()
-                if (self.path / name).exists():
-                    (self.path / name).write_text(str(limit))
+                self._limit = self.path / name
+                if self._limit.exists():
+                    self.limit(limit)
                     return
                 self.path.rmdir()
         pytest.skip(f"no cgroup with a limit of {controller} can be made here")
+
+    def limit(self, limit: int) -> None:
+        self._limit.write_text(str(limit))
+
+    def usage(self) -> int:
+        """Bytes of memory."""
+        return int((self.path / _USAGE[self._limit.name]).read_text())
 
     def take(self, pid: int) -> None:
         """This process, and what it starts from then on."""

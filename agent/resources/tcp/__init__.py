@@ -16,7 +16,7 @@ times, ECN), segments that arrived out of order (the peer keeps and repeats them
 SO_INCOMING_CPU, the SYN kept by TCP_SAVE_SYN, BPF that chooses within an SO_REUSEPORT group.
 """
 
-from agent.resources.tcp.blockers import blockers, can_connect, can_listen, signed_blockers
+from agent.resources.tcp.blockers import blockers, can_connect, can_listen, not_rebuilt, signed_blockers
 from agent.resources.tcp.destination import activate, discard, rebuild
 from agent.resources.tcp.source import (
     capture,
@@ -57,6 +57,7 @@ __all__ = [
     "inspect",
     "lock",
     "loosen",
+    "not_rebuilt",
     "outline",
     "pending_accepts",
     "rebuild",

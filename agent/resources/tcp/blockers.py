@@ -19,6 +19,7 @@ from agent.resources.tcp.state import (
     MOVABLE_STATES,
     TcpConnection,
     TcpListener,
+    TcpSocket,
     TcpSocketInfo,
     held_filter,
     inspect,
@@ -139,26 +140,33 @@ def can_listen(state: TcpListener) -> Blocker | None:
     try:
         fd = rebuild(msgspec.structs.replace(state, backlog=None))
     except OSError as error:
-        what = f"tcp {state.local}"
-        if error.errno == errno.EADDRINUSE:
-            why = "another socket of the destination has this port"
-            return _blocker("tcp-port-taken", what, why, "free it")
-        return _blocker("tcp-listener", what, f"the destination cannot listen there: {error.strerror}")
+        return not_rebuilt(state, error)
     discard(fd)
     return None
 
 
 def can_connect(outline: TcpConnection) -> Blocker | None:
     """Whether this host can have that connection, tried out: it is rebuilt for a moment, in silence."""
-    what = f"tcp {outline.local} to {outline.peer}"
     try:
         fd = rebuild(outline)
     except OSError as error:
-        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-            return _blocker("tcp-no-route", what, "the destination has no route to the peer", "give it one")
-        if error.errno == errno.EADDRNOTAVAIL:
-            why = "the destination has a connection between the same two ends"
-            return _blocker("tcp-connection-taken", what, why, "let the one there end")
-        return _blocker("tcp-connection", what, f"the destination cannot have it: {error.strerror}")
+        return not_rebuilt(outline, error)
     discard(fd)
     return None
+
+
+def not_rebuilt(state: TcpSocket, error: OSError) -> Blocker:
+    """Why `rebuild` has failed."""
+    if isinstance(state, TcpListener):
+        what = f"tcp {state.local}"
+        if error.errno == errno.EADDRINUSE:
+            why = "another socket of the destination has this port"
+            return _blocker("tcp-port-taken", what, why, "free it")
+        return _blocker("tcp-listener", what, f"the destination cannot listen there: {error.strerror}")
+    what = f"tcp {state.local} to {state.peer}"
+    if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+        return _blocker("tcp-no-route", what, "the destination has no route to the peer", "give it one")
+    if error.errno == errno.EADDRNOTAVAIL:
+        why = "the destination has a connection between the same two ends"
+        return _blocker("tcp-connection-taken", what, why, "let the one there end")
+    return _blocker("tcp-connection", what, f"the destination cannot have it: {error.strerror}")

@@ -59,6 +59,11 @@ def _offer(message: protocol.Offer) -> None:
         service_address.validate(address)
 
 
+def _also(message: protocol.Also) -> None:
+    for listener in message.listeners:
+        tcp.validate(listener)
+
+
 def _layout(layout: Sequence[Mapping]) -> None:
     """Some thousand of them may come in the pause."""
     position, room, bits = 0, 0, 0
@@ -167,6 +172,7 @@ def _unique(found: Iterable[object], what: str) -> None:
 
 _CHECKS: Final[dict[Any, Callable[[Any], None]]] = {
     "offer": _offer,
+    "also": _also,
     "prepare": lambda message: _layout(message.layout),
     "layout": lambda message: _layout(message.mappings),
     "discard": lambda message: _in_order(message.ranges),

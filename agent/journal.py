@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ import msgspec
 
 from agent import states
 from agent.api import SshOptions
+from agent.bounds import MALFORMED, Pid
 from agent.kernel import procfs
 from agent.kernel.errors import about
 from agent.resources.service_address import ServiceAddress
@@ -34,6 +36,7 @@ from agent.states import Steps
 
 Role = Literal["outgoing", "incoming"]
 _NO_STATES: Final = ("new", "lock", "rest")
+_log = logging.getLogger(__name__)
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -44,7 +47,7 @@ class Overtaken(Exception):
 class Task(msgspec.Struct, frozen=True):
     """A process that has this number only as long as it lives."""
 
-    pid: int
+    pid: Pid
     born: int  # procfs.born
 
     @classmethod
@@ -98,6 +101,7 @@ class Rest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 C = TypeVar("C", Departure, Arrival)
+S = TypeVar("S", bound=msgspec.Struct)
 _TABLES: Final[dict[type, Mapping[Any, Mapping[Any, str]]]] = {
     Departure: states.DEPARTURE,
     Arrival: states.DESTINATION,
@@ -160,7 +164,7 @@ class Entry(Generic[C]):
     def rest(self) -> Rest | None:
         """None: it never was whole. ValueError: it is damaged."""
         try:
-            return msgspec.msgpack.decode(self._rest.read_bytes(), type=Rest)
+            return decoded(Rest, self._rest.read_bytes())
         except FileNotFoundError:
             return None
 
@@ -210,16 +214,26 @@ def find(kind: type[C], migration: str) -> Entry[C] | None:
     while (state := state_of(_ROLES[kind], migration)) is not None:
         path = directory(_ROLES[kind]) / f"{migration}.{state}"
         with contextlib.suppress(FileNotFoundError):  # it has just become another one
-            return Entry(
-                migration, _STATES[kind](state), msgspec.msgpack.decode(path.read_bytes(), type=kind)
-            )
+            return Entry(migration, _STATES[kind](state), decoded(kind, path.read_bytes()))
     return None
 
 
+def decoded(kind: type[S], data: bytes) -> S:
+    """ValueError: it is damaged, or another version's."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except MALFORMED as error:
+        raise ValueError(f"the journal is damaged: {error}") from None
+
+
 def every(kind: type[C]) -> Iterator[Entry[C]]:
-    """All that are there, the oldest first."""
+    """All that are there, the oldest first. One that is damaged is named in the log, and left out."""
     for migration in sorted({id for id, _ in _names(_ROLES[kind])}):
-        entry = find(kind, migration)
+        try:
+            entry = find(kind, migration)
+        except ValueError as error:
+            _log.warning("%s/%s: %s", directory(_ROLES[kind]), migration, error)
+            continue
         if entry is not None:
             yield entry
 

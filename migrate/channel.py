@@ -15,13 +15,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import aiohttp
-import msgspec
 
 from agent import launch, version
 from agent.api import PROTOCOL_VERSION, Connected, SshOptions
-from agent.bounds import MALFORMED
-from agent.server.connect import MARK
 from migrate.errors import ExitCode, Failure
+from migrate.hello import Hello, connected_of
 from transport.link_errors import LinkError
 from transport.process import Bridge, ProcessEnd, bridge_local
 from transport.target import HostTarget
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
 
 DEFAULT_AGENT: Final = SshOptions().agent_command
-MAX_NOISE: Final = 1 << 20
 MAX_SHOWN: Final = 4096
 END_TIMEOUT: Final = 3.0  # seconds that a broken connection may take to say why
 _NO_CONNECT: Final = "No such command 'connect'"
@@ -179,18 +176,17 @@ class Connector(aiohttp.BaseConnector):
         return bridge
 
     async def _hello(self, sock: socket.socket, bridge: Bridge) -> bytes:
-        data = b""
+        hello = Hello()
         while True:
-            noise, mark, rest = data.partition(MARK)
-            if mark and b"\n" in rest:
-                self._show(noise)
-                return rest.partition(b"\n")[0]
-            more = await _receive(sock) if len(data) < MAX_NOISE else b""
-            if not more:
-                self._show(data[:MAX_SHOWN])
+            data = b"" if hello.full else await _receive(sock)
+            if not data:
+                self._show(hello.noise[:MAX_SHOWN])
                 sock.close()
                 raise self._no_hello(await asyncio.shield(bridge.ended))
-            data += more
+            line = hello.feed(data)
+            if line is not None:
+                self._show(hello.noise)
+                return line
 
     def _show(self, noise: bytes) -> None:
         """Once: a login script says the same each time."""
@@ -206,10 +202,9 @@ class Connector(aiohttp.BaseConnector):
 
     def _agreed(self, hello: bytes) -> Connected:
         """Failure if it is an agent of another protocol."""
-        try:
-            connected = msgspec.json.decode(hello, type=Connected)
-        except MALFORMED:
-            raise self._other_version("another version, which cannot be understood") from None
+        connected = connected_of(hello)
+        if connected is None:
+            raise self._other_version("another version, which cannot be understood")
         health = connected.health
         if health.protocol != PROTOCOL_VERSION:
             raise self._other_version(f"version {health.version} with protocol {health.protocol}")

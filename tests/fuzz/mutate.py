@@ -186,5 +186,3 @@ def _other_frame(kind: Kind, body: bytes, raw: int, random: Random) -> tuple[Kin
         return kind, body, random.choice((0, 4096, raw + 4096, frames.MAX_PAGES))
     head = 4 + 16 * min(4, len(body) // 16)
     return kind, mutate_bytes(body[:head], random) + body[head:], raw
-
-

@@ -79,6 +79,11 @@ def _offer(offer: protocol.Offer) -> None:
         _socket(connection)
 
 
+def _also(also: protocol.Also) -> None:
+    for listener in also.listeners:
+        _socket(listener)
+
+
 def _socket(state: tcp.TcpSocket) -> None:
     ends = [state.local, state.peer] if isinstance(state, tcp.TcpConnection) else [state.local]
     for end in ends:
@@ -198,6 +203,7 @@ def _report(message: protocol.Answer | protocol.Ready | protocol.Live | protocol
 
 _USES: dict[type[Any], Callable[[Any], None]] = {
     protocol.Offer: _offer,
+    protocol.Also: _also,
     protocol.Prepare: lambda message: _layout(message.layout),
     protocol.Layout: lambda message: _layout(message.mappings),
     protocol.Rebuild: _rebuild,

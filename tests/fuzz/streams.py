@@ -21,6 +21,7 @@ from agent.link import Link
 from agent.protocol import Pages
 from agent.resources import char_device, epoll, eventfd, pipe, regular_file, signalfd, tcp_socket, timerfd
 from agent.resources.files import FileRef
+from agent.resources.pipe import Fifo
 from agent.resources.service_address import ServiceAddress
 from agent.resources.tcp import Queues, SocketAddress, TcpConnection, TcpListener
 from agent.shadow import Special
@@ -65,7 +66,7 @@ LISTENER = TcpListener(
     filter=b"\6\0\0\0\xff\xff\xff\xff",
     uid=1000,
 )
-_ADDRESS = ServiceAddress(
+ADDRESS = ServiceAddress(
     address="192.0.2.10",
     prefix_length=24,
     family=2,
@@ -95,9 +96,12 @@ MESSAGES: list[protocol.Message] = [  # with what the recorded migration does no
         directories=("/",),
         listeners=(LISTENER,),
         connections=(CONNECTION,),
-        addresses=(_ADDRESS,),
+        addresses=(ADDRESS,),
     ),
     protocol.NewFiles([_FILE]),
+    protocol.Also(
+        opened=[_FILE], directories=("/",), fifos=(Fifo("/run/f", 0o600, (0, 0)),), listeners=(LISTENER,)
+    ),
     protocol.Discard([(4096, 8192), (8192, 16384)]),
     protocol.Late([], [(0, struct.pack("<i", 10).ljust(128, b"\0"))], last=True),
     protocol.Layout([Mapping(4096 * n, 4096 * n + 4096, n % 8, 0, -1, 0) for n in range(16, 40)]),

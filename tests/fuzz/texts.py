@@ -17,10 +17,12 @@ from agent.bounds import MALFORMED
 from agent.front import BadRequest
 from agent.recovery import verdict_of
 from agent.server import hooks, store
+from agent.server.connect import MARK
 from agent.server.failures import Failed
 from agent.server.route import body_of
 from migrate import client, config, progress
 from migrate.errors import Failure
+from migrate.hello import Hello, connected_of
 from migrate.plan import parse
 from migrate.plan.model import Plan
 from migrate.plan.write import to_object
@@ -255,6 +257,33 @@ def _verdict(data: bytes) -> bool:
     return True
 
 
+def _hello(data: bytes) -> bool:
+    """What comes over the first connection, whole and byte by byte: the same line, and the same noise."""
+    whole, pieces = Hello(), Hello()
+    line = whole.feed(data)
+    for at in range(len(data)):
+        if (last := pieces.feed(data[at : at + 1])) is not None:
+            assert last == line
+            break
+    else:
+        assert line is None
+    assert whole.noise == pieces.noise and MARK not in whole.noise
+    return line is not None and connected_of(line) is not None
+
+
+def _hellos() -> list[bytes]:
+    health = api.Health(version="0.1", protocol=2, host="alpha", pid=7, running=0)
+    line = MARK + msgspec.json.encode(api.Connected(health=health, reached_at="192.0.2.1")) + b"\n"
+    return [line, b"Welcome to alpha\n" + line, MARK[:7] + line]
+
+
+def _mutate_hello(data: bytes, random: Random) -> bytes:
+    noise, mark, line = data.partition(MARK)
+    if not mark or random.random() < 0.3:
+        return mutate_bytes(data, random)
+    return noise + mark + mutate_json(line.rstrip(b"\n"), random) + b"\n"
+
+
 def _record() -> api.MigrationRecord:
     return api.MigrationRecord(
         id="01ARZ3NDEKTSV4RRFFQ69G5FAV",
@@ -307,6 +336,7 @@ TARGETS = (
     Target("api-select", _select, lambda: [b'{"pid": 7}', b'{"name": "redis"}'], mutate_json),
     Target("api-drain", _drain, _drains, mutate_json),
     Target("api-answer", _answer, _answers, mutate_json),
+    Target("hello", _hello, _hellos, _mutate_hello),
     Target("verdict", _verdict, lambda: [b'{"state": "live", "evidence": "x", "pid": 7}'], mutate_json),
     Target("events", _event_lines, lambda: [*map(msgspec.json.encode, _EVENTS)], mutate_json),
     Target("drain-events", _drain_event_lines, _drain_event_seeds, mutate_json),

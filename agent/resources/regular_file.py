@@ -161,8 +161,7 @@ def _compare(state: State, context: Rebuilding, fd: int, found: os.stat_result) 
         raise Refusal("file-differs", f"{state.path}: {state.size} bytes on the source, {found.st_size} here")
     _compare_owner(state, found)
     if state.locks and identity(fd, found) == state.identity:
-        blocker = file_locks.shared_blocker(state.path)
-        raise Refusal(blocker.kind, f"{blocker.what}: {blocker.why}")
+        raise Refusal.by(file_locks.shared_blocker(state.path))
     compared = context.agreed.get(state.path) == (found.st_dev, found.st_ino)
     if not compared and identity(fd, found) != state.identity:
         raise Refusal(

@@ -49,9 +49,10 @@ def test_a_state_that_there_is_not(place: Path, caplog: pytest.LogCaptureFixture
     assert other.name.partition(".")[0] in caplog.text
 
 
-@pytest.mark.parametrize(
-    "name", ["notes", "x.held", f"{new_id()}.new", f"{new_id()}.lock", f"{new_id()}.rest"]
-)
+NAME = "01M80RV7XHBT4W7BFHGFD60T2B"
+
+
+@pytest.mark.parametrize("name", ["notes", "x.held", f"{NAME}.new", f"{NAME}.lock", f"{NAME}.rest"])
 def test_files_that_are_no_entries(place: Path, name: str) -> None:
     one = arrival()
     one.path.with_name(name.format(new_id())).write_bytes(b"\xc1")

@@ -45,6 +45,7 @@ from agent.dirty_tracking import mechanism
 from agent.freeze import FrozenProcess
 from agent.guardian import Guardian
 from agent.journal import Departure, Entry, Task
+from agent.kernel.memory import RemoteMemory
 from agent.link import Link, Resumption
 from agent.network import SourceNetwork
 from agent.offering import Offering
@@ -122,6 +123,7 @@ class Migration:
         self._aborted = aborted
         self.started = time.monotonic()
         self.process: SourceProcess | None = None
+        self._examined: RemoteMemory | None = None  # the program that the examination is about
         self.frozen: FrozenProcess | None = None
         self.rounds: Rounds | None = None
         self.network = SourceNetwork()
@@ -165,8 +167,8 @@ class Migration:
             self.frozen.leave_in_doubt()
             self._finish(Outcome.IN_DOUBT, error, kind, where)
             return
-        if self.rounds is not None and self.rounds.program_changed():
-            error = Unmovable("process-executed", "it made itself another program (execve)")
+        if self._program_changed():
+            error = _executed()
         self._roll_back()
         if self.process is not None and _exited(self.process.pidfd):
             error = Unmovable(
@@ -176,6 +178,11 @@ class Migration:
         self._finish(Outcome.ROLLED_BACK if touched else Outcome.REFUSED, error, kind, where)
         if not isinstance(error, Exception):
             raise error
+
+    def _program_changed(self) -> bool:
+        if self._examined is not None and not self._examined.lasts():
+            return True
+        return self.rounds is not None and self.rounds.program_changed()
 
     def _roll_back(self) -> None:
         """Each step is done, whatever the others raise: what fails is said, the report comes in any case.
@@ -262,6 +269,8 @@ class Migration:
             self.rounds.close()
         if self.process is not None:
             self.process.close()
+        if self._examined is not None:
+            self._examined.close()
         self.network.close()
         self.link.close()
         if self._unheard:
@@ -281,6 +290,8 @@ class Migration:
                 hint="see `migrate ps`",
             )
             raise Refused([blocker]) from None
+        with contextlib.suppress(ProcessLookupError):  # a zombie has none, which is found below
+            self._examined = RemoteMemory(self.request.pid)
         if why := self._foreign():
             what = f"pid {self.request.pid}"
             raise Refused([ApiBlocker(kind="not-owned", what=what, why=why, hint="ask root to move it")])
@@ -374,7 +385,9 @@ class Migration:
         self.network.prepare()
         gc.collect()
         gc.freeze()
-        self.rounds.start_tracking()
+        self.rounds.start_tracking()  # another program is noticed from here on
+        if self._program_changed():
+            raise _executed()
 
     def _open_journal(self) -> None:
         """Before there is a shadow, which waits for us if we die: somebody has to tell it."""
@@ -541,6 +554,10 @@ class Migration:
         except Exception as error:
             frozen.bury()
             return (Notice(kind="link", message=f"after the process was live: {reasons.message(error)}"),)
+
+
+def _executed() -> Unmovable:
+    return Unmovable("process-executed", "it made itself another program (execve)")
 
 
 class _Pacer:

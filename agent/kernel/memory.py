@@ -63,6 +63,13 @@ class RemoteMemory:
             os.close(self._mem)
             self._mem = -1
 
+    def lasts(self) -> bool:
+        """Whether a process still has this memory: not after its end, and not after execve(2)."""
+        try:
+            return bool(os.pread(self._mem, 1, 0))
+        except OSError:  # nothing is mapped there, but something could be
+            return True
+
     def _vector(self, ranges: Sequence[Range]) -> int:
         flat = [x for start, end in ranges for x in (start, end - start)]
         struct.pack_into(f"<{len(flat)}Q", self._remote, 0, *flat)

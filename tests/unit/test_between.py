@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.children import ended, wait_for
+from unit.children import ended, gone, wait_for
 from unit.moving import Move, Moving
 
 from agent import inventory
-from agent.api import Blocker, MoveOptions
+from agent.api import Blocker, MoveOptions, Outcome
 from agent.kernel import clone, procfs
 
 # Does what the file "command" says, and says that it did; counts, and tells of each signal.
@@ -180,10 +180,11 @@ def test_a_lease_that_is_given_up_again(obeyer: Obeyer) -> None:
     obeyer.progress()
 
 
-def test_another_program(obeyer: Obeyer) -> None:
-    message = Move(obeyer, MoveOptions(), in_state("pre-copy", lambda: exec_again(obeyer))).rolled_back(
-        "process-executed", "source"
-    )
+@pytest.mark.parametrize("state", ["offering", "preparing", "pre-copy", "freezing"])
+def test_another_program(obeyer: Obeyer, state: str) -> None:
+    """From the first look at it on: what was found belongs to a program that is gone."""
+    move = Move(obeyer, MoveOptions(), in_state(state, lambda: exec_again(obeyer)))
+    message = move.rolled_back("process-executed", "source")
     assert "execve" in message
     obeyer.assert_runs_on()
 
@@ -324,15 +325,26 @@ def test_a_stop_signal_before_commit_stops_the_copy(obeyer: Obeyer) -> None:
     obeyer.progress()
 
 
-def test_killed_while_it_is_frozen(obeyer: Obeyer) -> None:
+@pytest.mark.parametrize("state", ["examining", "offering", "preparing", "pre-copy", "freezing"])
+def test_killed_in(obeyer: Obeyer, state: str) -> None:
     """Somebody's SIGKILL before the point of no return means the program: no copy may live."""
 
-    def kill(move: Move, state: str) -> None:
-        if state == "freezing":
-            obeyer.process.kill()
-            wait_for(lambda: ended(obeyer.pid), "the program to end")
+    def kill() -> None:
+        obeyer.process.kill()
+        wait_for(lambda: ended(obeyer.pid), "the program to end")
 
-    Move(obeyer, MoveOptions(), kill).rolled_back("process-ended", "source")
+    report = Move(obeyer, MoveOptions(), in_state(state, kill)).report
+    assert report is not None
+    touched = state not in ("examining", "offering")
+    assert report.outcome is (Outcome.ROLLED_BACK if touched else Outcome.REFUSED)
+    if state == "examining":  # a zombie by then
+        assert [b.kind for b in report.blockers] == ["zombie"]
+        return
+    assert report.error is not None and (report.error.kind, report.error.where) == ("process-ended", "source")
+    assert report.error.message == f"process {obeyer.pid} ended by itself during the migration"
+    shadow = report.destination.pid
+    if shadow is not None:
+        wait_for(lambda: gone(shadow), "the shadow to end")
 
 
 def test_mappings_made_right_before_the_freeze(obeyer: Obeyer) -> None:

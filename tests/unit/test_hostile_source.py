@@ -286,7 +286,7 @@ ATTACKS = (
         "opens a file that does not exist",
         "an error: nothing is made",
         lambda liar, v: liar.also_open("regular-file", _changed(v, path=str(v.absent))),
-        "filenotfounderror",
+        "file-missing",
     ),
     Attack(
         "device-as-file",

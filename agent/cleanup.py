@@ -23,7 +23,7 @@ from typing import Final
 
 import msgspec
 
-from agent import privileges, scratch, visit
+from agent import scratch, visit
 from agent.kernel import pidfd, procfs, ptrace
 from agent.kernel.arch import x86_64 as arch
 from agent.kernel.memory import RemoteMemory
@@ -226,17 +226,10 @@ def _wipe(pid: int, memory: RemoteMemory, frames: list[Range]) -> Iterator[str]:
                 yield f"wiped {frame[1] - frame[0]} bytes below the stack"
 
 
-def main() -> int:
-    """`python -m agent.cleanup PID [BORN]`: what was undone on standard output, line by line."""
-    privileges.enter(privileges.ENGINE)
-    pid, *rest = map(int, sys.argv[1:])
-    return run(pid, rest[0] if rest else None)
-
-
-def run(pid: int, born: int | None = None, resume: bool = False) -> int:
+def run(pid: int, resume: bool = False) -> int:
     """Clean and say so; the exit status: 0 if nothing of ours is in the process now, EXIT_BUSY, 1."""
     try:
-        for line in clean(pid, born, resume):
+        for line in clean(pid, resume=resume):
             print(line)
     except Busy as error:
         print(error, file=sys.stderr)
@@ -245,7 +238,3 @@ def run(pid: int, born: int | None = None, resume: bool = False) -> int:
         print(f"process {pid}: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

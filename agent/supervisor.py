@@ -23,7 +23,7 @@ import os
 import platform
 import signal
 import socket
-from asyncio.subprocess import DEVNULL, PIPE, Process
+from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -58,7 +58,6 @@ EOF_GRACE: Final = 5.0
 KILL_GRACE: Final = 30.0
 REASON_TIMEOUT: Final = 3.0  # seconds that a broken link may take to say why
 DEATH_TIMEOUT: Final = 1.0  # seconds that a killed process may take to disappear
-CLEANUP_TIMEOUT: Final = 20.0
 STILL: Final = FROZEN | {Source.COMMITTING}
 STILL_PATIENCE: Final = 10.0  # seconds beyond the freeze's own limit
 VERIFYING: Final = 10  # times as long: all memory is read
@@ -289,45 +288,15 @@ class Supervisor:
         if self._last_error:
             message = f"{message}: {self._last_error}"
         done = await settlement.settle(self._name, partial(self._say, "warning"))
-        if done.outcome is not None:
-            message = f"{message}; {done.message}"
-            error = ErrorInfo(kind="crash", message=message, where="source")
-            self._finish(Finished(report=self._report(done.outcome, error)))
-            return
-        outcome = self._outcome_by_state()
-        if outcome is Outcome.ROLLED_BACK and await self._source_is_gone():
-            outcome = Outcome.IN_DOUBT
-            message = f"{message}; process {self._request.pid} is gone"
-        if outcome is Outcome.ROLLED_BACK:
-            message = f"{message}; {await self._clean_up()}"
-        self._finish(
-            Finished(report=self._report(outcome, ErrorInfo(kind="crash", message=message, where="source")))
-        )
-
-    async def _clean_up(self) -> str:
-        """Undo what the worker left in the process, in one more process; how that went, in words."""
-        command, environment = launch.module("agent.cleanup")
-        cleaning = await asyncio.create_subprocess_exec(
-            *command,
-            str(self._request.pid),
-            str(self._birth or 0),
-            stdin=DEVNULL,
-            stdout=PIPE,
-            stderr=PIPE,
-            env=environment,
-        )
-        try:
-            output, errors = await asyncio.wait_for(cleaning.communicate(), CLEANUP_TIMEOUT)
-        except TimeoutError:
-            cleaning.kill()
-            output, errors = b"", b"it takes too long"
-            await cleaning.wait()
-        done = output.decode("utf-8", "replace").splitlines()
-        if cleaning.returncode == 0:
-            return f"cleaned up ({', '.join(done) or 'nothing is left'})"
-        why = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        remedy = f"run `migrate-agent cleanup {self._request.pid}` on the source"
-        return f"what it left is still there: {why}; {remedy}"
+        message = f"{message}; {done.message}"
+        outcome = done.outcome
+        if outcome is None:  # it had no journal yet, and so had touched nothing; or the guardian came first
+            outcome = self._outcome_by_state()
+            if outcome is Outcome.ROLLED_BACK and await self._source_is_gone():
+                outcome = Outcome.IN_DOUBT
+                message = f"{message}; process {self._request.pid} is gone"
+        error = ErrorInfo(kind="crash", message=message, where="source")
+        self._finish(Finished(report=self._report(outcome, error)))
 
     def _outcome_by_state(self) -> Outcome:
         """What the last state that was seen says about a worker that is gone."""

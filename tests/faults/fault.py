@@ -19,14 +19,13 @@ ROLES: Final = {
     "engine": r"agent\.worker",
     "guardian": r"^\[migrate-guard\]",
     "recovery": r"(migrate-agent|agent\.main) recover",
-    "cleanup": r"agent\.cleanup",
     "destination": r"(migrate-agent|agent\.main) destination(?! --resume)",
     "resuming": r"(migrate-agent|agent\.main) destination --resume",
     "settling": r"(migrate-agent|agent\.main) settle",
     "session": r"^sshd(-session)?: root",
 }
 ENGINES: Final[dict[Side, str]] = {"source": "engine", "destination": "destination"}
-SOURCE_ROLES: Final = ("service", "front", "engine", "connect", "coordinator", "recovery", "cleanup")
+SOURCE_ROLES: Final = ("service", "front", "engine", "connect", "coordinator", "recovery")
 DESTINATION_ROLES: Final = ("session", "destination", "resuming", "settling")
 GUARDIAN: Final = ("guardian",)
 _BRIEF: Final = 0.5  # seconds

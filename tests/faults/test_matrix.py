@@ -83,7 +83,6 @@ def test_roles_are_told_apart() -> None:
         "engine": "/opt/python -P -m agent.worker 5 9 01M80AN",
         "guardian": "[migrate-guard]",
         "recovery": "/opt/python -P -m agent.main recover 01M80AN",
-        "cleanup": "/opt/python -P -m agent.cleanup 12 3456",
         "destination": "/opt/python /usr/local/bin/migrate-agent destination",
         "resuming": "/opt/python /usr/local/bin/migrate-agent destination --resume 01M80AN",
         "settling": "/opt/python /usr/local/bin/migrate-agent settle 01M80AN --boot 5",

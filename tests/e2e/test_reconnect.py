@@ -61,9 +61,11 @@ def unreachable(lab: Hosts, verdict: str) -> Iterator[None]:
 
 
 @pytest.fixture
-def breaking(lab: Hosts, place: Place) -> Iterator[Breaking]:
+def breaking(lab: Hosts, place: Place, request: pytest.FixtureRequest) -> Iterator[Breaking]:
+    """Its source seeks the destination for as long as a test says, or long enough for what the test does."""
+    patience = getattr(request, "param", "60s")
     workload = start_selfcheck(lab, place, "--megabytes", MEGABYTES)
-    under_way = Breaking(lab, workload, ("--verify", "--reconnect", "5s"))
+    under_way = Breaking(lab, workload, ("--verify", "--reconnect", patience))
     yield under_way
     under_way.move.kill()
     lab.kill(workload.host, workload.pid)
@@ -90,6 +92,7 @@ def test_pre_copy_goes_on_over_another_link(breaking: Breaking) -> None:
     workload.end()
 
 
+@pytest.mark.parametrize("breaking", ["5s"], indirect=True)
 def test_a_destination_that_is_not_reached_again(breaking: Breaking) -> None:
     lab = breaking.lab
     with unreachable(lab, "reject with tcp reset"):

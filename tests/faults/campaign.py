@@ -30,7 +30,7 @@ CLEAN_WITHIN: Final = 40.0
 _NAME: Final = "faults"
 _INJECT: Final = Path(__file__).with_name("inject")
 _MOVE: Final = ("migrate", "move")
-_OPTIONS: Final = ("--json", "--log-format", "json", "-v", "--reconnect", "2s")
+_OPTIONS: Final = ("--json", "--log-format", "json", "-v", "--reconnect", "5s")
 # Time is not what is tested: who does not hear where an address is now asks again within a second, not a
 # minute (arp(7)); TCP repeats what a link that was cut has lost within a second, not two minutes, and sshd
 # sees within two seconds, not two hours, that a peer is gone whose last word was lost.

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from agent.inventory import Inventory
 
 _ANNOUNCEMENTS = 3
+_ATTEMPTS = 3
+_BETWEEN_ATTEMPTS = 0.01  # seconds
 
 
 class SourceNetwork:
@@ -230,7 +232,8 @@ class DestinationNetwork:
                 notices.append(Notice(kind="network", message=f"{what}: {error}"))
 
         for address, interface in self._places:
-            attempt(f"address {address.address}", partial(service_address.install, address, interface))
+            install = partial(service_address.install, address, interface)
+            attempt(f"address {address.address}", partial(_insist, install))
         for fd, state in sockets:
             attempt(f"socket {state.local}", partial(tcp.activate, fd, state))
         for address, interface in self._places:
@@ -255,3 +258,14 @@ class DestinationNetwork:
         for one in (self._announcer, self._injector):
             if one is not None:
                 one.close()
+
+
+def _insist(action: Callable[[], object]) -> None:
+    """Of what may be done twice, where it must not fail: a moment without memory or descriptors passes."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            action()
+            return
+        except OSError:
+            time.sleep(_BETWEEN_ATTEMPTS)
+    action()

@@ -238,6 +238,14 @@ def every(kind: type[C]) -> Iterator[Entry[C]]:
             yield entry
 
 
+def sweep_locks(role: Role) -> None:
+    """Remove those of migrations that are over: who held one was killed. OSError."""
+    place = directory(role)
+    for path in place.glob("*.lock") if place.is_dir() else ():
+        if state_of(role, path.stem) is None:
+            path.unlink(missing_ok=True)
+
+
 def _names(role: Role) -> Iterator[tuple[str, str]]:
     try:
         names = os.listdir(directory(role))

@@ -42,6 +42,8 @@ class Recoveries:
 
     async def _look(self) -> None:
         await asyncio.to_thread(settle.sweep)
+        for role in ("outgoing", "incoming"):
+            journal.sweep_locks(role)
         for entry in list(journal.every(Departure)):
             if not entry.content.agent.lives() and not self._registry.is_running(entry.migration):
                 await self._recover(entry.migration)

@@ -324,7 +324,6 @@ CALLS: Final[dict[str, dict[str, int]]] = {
         "os:write": errno.EPIPE,
         "os:read": errno.EIO,
         "socket:socketpair": errno.EMFILE,
-        "socket:socket.send": errno.ECONNRESET,
         "socket:send_fds": errno.ETOOMANYREFS,
         "socket:socket.connect": errno.ENETUNREACH,
         "subprocess:_fork_exec": errno.EAGAIN,

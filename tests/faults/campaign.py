@@ -50,11 +50,12 @@ _QUICK: Final = {
 class Campaign:
     """A lab that is up for many runs; it is made anew after one that went wrong."""
 
-    def __init__(self, keep: bool = False) -> None:
-        """`keep`: evidence also of runs that went well."""
+    def __init__(self, keep: bool = False, services: bool = False) -> None:
+        """`keep`: evidence also of runs that went well. `services`: one on each host that stays."""
         self._keep = keep
+        self._services = services
         self._lab: Hosts | None = None
-        self._hosts: dict[str, Host] = {}
+        self.hosts: dict[str, Host] = {}
         self._subject: Subject | None = None
 
     def __enter__(self) -> Self:
@@ -67,10 +68,10 @@ class Campaign:
 
     def run(self, case: Case) -> Verdict:
         """One case, on the host where the process is now."""
-        lab, subject = self._up()
+        lab, subject = self.up()
         source = subject.where
-        destination = next(name for name in self._hosts if name != source)
-        sides: dict[Side, Host] = {"source": self._hosts[source], "destination": self._hosts[destination]}
+        destination = next(name for name in self.hosts if name != source)
+        sides: dict[Side, Host] = {"source": self.hosts[source], "destination": self.hosts[destination]}
         self._prepare(case, sides)
         with Referee(lab.shared, case, sides, lambda: subject.pid) as referee:
             subject.new_window()
@@ -78,31 +79,38 @@ class Campaign:
         verdict = Verdict(case, source, ended, referee.fired)
         self._judge(verdict, subject, sides)
         if verdict.problems or self._keep:
-            verdict.evidence = evidence.of(verdict, subject, self._hosts)
+            verdict.evidence = evidence.of(verdict, subject, self.hosts)
         if verdict.problems or case.kills_process or case.cuts_for_good:
             self._down()
         return verdict
 
     # --- the lab ---
 
-    def _up(self) -> tuple[Hosts, Subject]:
+    def up(self) -> tuple[Hosts, Subject]:
+        """The lab and the process in it, made if there are none."""
         if self._lab is not None and self._subject is not None:
             return self._lab, self._subject
         shared = plan.shared(f"{_NAME}-{os.getpid()}")
         self._lab = Hosts(_NAME, variables={"PYTHONPATH": str(_INJECT), "MIGRATE_FAULTS": str(shared)})
         self._lab.up()
-        self._hosts = {name: Host(self._lab, name) for name in ("alpha", "beta")}
-        self._subject = Subject(self._lab, self._hosts)
-        for host in self._hosts.values():
+        self.hosts = {name: Host(self._lab, name) for name in ("alpha", "beta")}
+        self._subject = Subject(self._lab, self.hosts)
+        for host in self.hosts.values():
             self._subject.place_file(host.name)
             # addresses of IPv6 outlive a device that is down as those of IPv4 do
             host.enter("sysctl", "-qw", "net.ipv6.conf.eth0.keep_addr_on_down=1")
+            if self._services:
+                self._serve(self._lab, host)
             host.remember()
         settings = [f"net.ipv4.{name}={value}" for name, value in _QUICK.items()]
-        for name in (*self._hosts, "client"):
+        for name in (*self.hosts, "client"):
             self._lab.run(name, "sysctl", "-eqw", *settings)  # an older kernel has not all of them
         self._subject.start()
         return self._lab, self._subject
+
+    def _serve(self, lab: Hosts, host: Host) -> None:
+        lab.start(host.name, "migrate-agent", "serve")
+        until((host.root / "run/migrate/agent.sock").exists, f"the service of {host.name}")
 
     def _down(self) -> None:
         if self._lab is not None:
@@ -149,12 +157,12 @@ class Campaign:
             judge.wait(verdict, CLEAN_WITHIN)
             judge.blame_for_time(verdict)
         verdict.settled_s = time.monotonic() - began
-        verdict.gap_ms = subject.gap_ms()
+        verdict.gap_ms, verdict.wait_ms = subject.gap_ms(), subject.wait_ms()
 
     def _start_services(self) -> None:
         """Where there is none: they put right what dead agents have left."""
         assert self._lab is not None
-        missing = [name for name, host in self._hosts.items() if not host.agents(["service"])]
+        missing = [name for name, host in self.hosts.items() if not host.agents(["service"])]
         for name in missing:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._lab.ask(name, "migrate-agent", "connect", timeout=30)

@@ -112,19 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
                 verdict = campaign.run(case)
                 verdicts.append(verdict)
                 print(evidence.line(number, verdict), flush=True)
-                _keep(options.output, verdict)
+                evidence.keep(options.output, verdict)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     if verdicts:
         print("\n" + evidence.table(verdicts))
     return int(any(verdict.problems for verdict in verdicts))
-
-
-def _keep(directory: Path, verdict: Verdict) -> None:
-    """Write down what a run looked like."""
-    if verdict.evidence:
-        directory.mkdir(parents=True, exist_ok=True)
-        name = verdict.case.name.replace("/", "_").replace(":", ".")
-        path = directory / f"{name}.txt"
-        path.write_text(verdict.evidence)
-        print(f"      see {path}", flush=True)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from faults.hosts import Host
 from faults.subject import Subject, pictures
 from faults.verdict import Verdict
 
 _LOG_LINES, _SHOWN = 60, 8
+
+
+def keep(directory: Path, verdict: Verdict) -> None:
+    """Write down what a run looked like."""
+    if verdict.evidence:
+        directory.mkdir(parents=True, exist_ok=True)
+        name = verdict.case.name.replace("/", "_").replace(":", ".")
+        path = directory / f"{name}.txt"
+        path.write_text(verdict.evidence)
+        print(f"      see {path}", file=sys.stderr, flush=True)
 
 
 def line(number: int, verdict: Verdict) -> str:

@@ -109,7 +109,17 @@ class Fail:
         return errno.errorcode[self.number]
 
 
-Action: TypeAlias = Send | Hold | Cut | Fail
+@dataclass(frozen=True)
+class Spoil:
+    """One byte of the copy that is being made on this host becomes another one."""
+
+    side: Side
+
+    def __str__(self) -> str:
+        return f"a byte of the copy on the {self.side} is changed"
+
+
+Action: TypeAlias = Send | Hold | Cut | Fail | Spoil
 
 
 @dataclass(frozen=True)

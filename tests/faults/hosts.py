@@ -36,6 +36,7 @@ _KEPT_FILES: Final = {
     "run/migrate/incoming",
 }
 _STATE: Final = "var/lib/migrate"
+SHADOW: Final = "/memfd:migrate-shadow"  # what a copy executes until it is the program
 T = TypeVar("T")
 OPEN_FILE: Final = Path("/tmp/campaign")  # that the process has open; each host has its own, or has none
 
@@ -175,7 +176,11 @@ class Host:
                 yield re.sub(r"expires \S+|linkdown|dadfailed|tentative|qdisc \S+| dead\b", "", line).rstrip()
 
     def _read(self, name: str) -> list[str]:
-        return Path(f"/proc/{self._init}/{name}").read_text().splitlines()
+        return self.read(name).splitlines()
+
+    def read(self, name: str) -> str:
+        """Of /proc, as the host's first process has it."""
+        return Path(f"/proc/{self._init}/{name}").read_text()
 
     def _sockets(self, family: str) -> frozenset[str]:
         return frozenset(self._read(f"net/{family}")[1:])

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import mmap
+import os
 import signal
 import socket
 import struct
@@ -19,8 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults.fault import PROCESS, ROLES, Action, After, Case, Cut, Fail, Hold, Point, Send, Side
-from faults.hosts import Host
+from agent.kernel import procfs
+from agent.kernel.memory import RemoteMemory
+from faults.fault import PROCESS, ROLES, Action, After, Case, Cut, Fail, Hold, Point, Send, Side, Spoil
+from faults.hosts import SHADOW, Host
 
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
@@ -150,6 +154,8 @@ class Referee:
             self._hold(action)
         elif isinstance(action, Cut):
             self._cut(action)
+        elif isinstance(action, Spoil):
+            self._spoil(self._hosts[action.side])
 
     def _pids(self, side: Side, roles: tuple[str, ...]) -> list[int]:
         pids = [one.pid for one in self._hosts[side].agents(roles)]
@@ -169,6 +175,18 @@ class Referee:
                 self._until_over.append(lambda: host.link(cut.way, up=True))
         else:
             self._later(cut.seconds, lambda: host.link(cut.way, up=True))
+
+    def _spoil(self, host: Host) -> None:
+        """In the first page of the copy's longest writable mapping."""
+        names = (SHADOW, os.readlink(f"/proc/{self._subject()}/exe"))
+        copy = next(one.pid for one in host.processes() if one.executable.startswith(names))
+        writable = [one for one in procfs.maps(copy) if one.protection & mmap.PROT_WRITE]
+        start = max(writable, key=lambda one: one.end - one.start).start
+        memory = RemoteMemory(copy)
+        try:
+            memory.write(start, bytes([memory.read(start, 1)[0] ^ 0xFF]))
+        finally:
+            memory.close()
 
     def _later(self, seconds: float, work: Callable[[], None]) -> None:
         end = threading.Timer(seconds, work)

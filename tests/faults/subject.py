@@ -22,7 +22,7 @@ from programs.status import BUILD, read_status, wait_for_status
 from agent import cleanup
 from agent.kernel import pidfd, procfs
 from agent.kernel.memory import RemoteMemory
-from faults.hosts import OPEN_FILE, Host, Process
+from faults.hosts import OPEN_FILE, SHADOW, Host, Process
 
 PORT: Final = 7000
 _PROGRAM: Final = BUILD / "heartbeat"
@@ -39,7 +39,6 @@ _OPTIONS: Final = (
     "--open",
     OPEN_FILE,
 )
-_SHADOW: Final = "/memfd:migrate-shadow"
 _REAPER: Final = "/memfd:migrate-reaper"
 _SENT_BY_STOPS: Final = 1 << (signal.SIGTRAP - 1) | 1 << (signal.SIGSTOP - 1)
 _TCP_REPAIR: Final = 19  # linux/tcp.h
@@ -59,6 +58,7 @@ class Subject:
         self._hosts = hosts
         self._place = Place()
         self._client = found.hosts["client"].init.pid
+        self._caller = 0
         self._descriptors: dict[int, str] = {}
         self._asked_at = 0.0
         self._answers_before = 0
@@ -72,9 +72,8 @@ class Subject:
         inside = self._lab.start("alpha", _PROGRAM, *words)
         wait_for_status(self._status("heartbeat"))
         self.pid = self._lab.pid_outside("alpha", inside)
-        self._lab.start(
-            "client", BUILD / "callers", SERVICE, PORT, "--interval", 0.01, *self._files("callers")
-        )
+        words = [BUILD / "callers", SERVICE, PORT, "--interval", 0.01, *self._files("callers")]
+        self._caller = self._lab.pid_outside("client", self._lab.start("client", *words))
         until(lambda: self._answers() > 1, "the client has answers")
         until(self._remember_descriptors, "the process's descriptors")
 
@@ -103,17 +102,23 @@ class Subject:
         return int(next(line for line in status if line.startswith("NSpid:")).split()[2])
 
     def new_window(self) -> None:
-        """The longest gap counts from now on."""
+        """The longest gap counts from now on, and the client's longest wait."""
         os.kill(self.pid, signal.SIGUSR1)
+        os.kill(self._caller, signal.SIGUSR1)
 
     def gap_ms(self) -> float:
         status = read_status(self._status("heartbeat"))
         return float(status["longest_gap_ms"]) if status else 0.0
 
+    def wait_ms(self) -> float:
+        """For an answer, of the client."""
+        status = read_status(self._status("callers"))
+        return float(status["counters"]["longest-us"]) / 1000 if status else 0.0
+
     def copies(self) -> list[tuple[str, Process]]:
         """Every process on either host that is it, or is being made into it."""
         found = [(host.name, one) for host in self._hosts.values() for one in host.processes()]
-        return [(name, one) for name, one in found if one.executable.startswith((str(_PROGRAM), _SHADOW))]
+        return [(name, one) for name, one in found if one.executable.startswith((str(_PROGRAM), SHADOW))]
 
     def is_reaper(self, one: Process) -> bool:
         """Whether that is pid 1 of a namespace that the process was given with its number."""

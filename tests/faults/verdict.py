@@ -75,6 +75,7 @@ class Verdict:
     problems: list[Problem] = field(default_factory=list)
     where: str = ""  # the host that it lives on now
     gap_ms: float = 0.0
+    wait_ms: float = 0.0  # of the client for an answer, at the longest
     settled_s: float = 0.0
     recovered: bool = False  # it took a service's start, or its next look
     evidence: str = ""

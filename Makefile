@@ -8,7 +8,7 @@ INSTALLED     := $(VENV)/.installed
 PYTEST        := $(BIN)/python -m pytest
 
 .PHONY: help setup provision lint types programs test-unit test-model test-e2e test-faults test-kernel test test-all faults \
-        fuzz demo bench bench-docs clean
+        endurance fuzz demo bench bench-docs clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,12 +52,17 @@ test: setup lint types programs test-model test-unit test-e2e test-faults ## eve
 
 test-all: export MIGRATE_TEST_FULL = 1
 test-all: RUNS ?= 1000
-test-all: test test-kernel faults ## the same with every test at full length, and on the older kernel
+test-all: test test-kernel faults endurance ## the same with every test at full length, and on the older kernel
 
 # make faults RUNS=1000 SEED=1, ONLY="Commit/*", MATRIX=1 (all cases that there are, which takes hours)
 faults: setup programs ## move a process to and fro, with a fault in each move (as root)
 	PYTHONPATH=tests $(BIN)/python -m faults $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(MATRIX),--matrix) $(foreach name,$(ONLY),--only '$(name)')
+
+# make endurance MOVES=200 SEED=1 JSON=1
+endurance: setup programs ## move a process 200 times, each second time with a failure: does anything grow? (as root)
+	PYTHONPATH=tests $(BIN)/python -m endurance --command "make endurance $(strip $(MAKEOVERRIDES))" \
+	    $(if $(MOVES),--moves $(MOVES)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json)
 
 # make fuzz MINUTES=5 ONLY="stream message": what it finds, and the inputs that lead on, stay in build/fuzz
 fuzz: setup ## feed every decoder hostile input, 30 minutes in all: executions, crashes, peak allocation of each

@@ -1,0 +1,5 @@
+import sys
+
+from endurance.cli import main
+
+sys.exit(main())

@@ -73,9 +73,15 @@ def _most(figure: str, first: float) -> float | None:
     return first
 
 
-def drift(pauses: Sequence[float]) -> Growth | None:
-    """Of the pauses of undisturbed moves, ms; None if they are too few to say."""
+def drift(pauses: Sequence[float], machine: Sequence[float]) -> list[Growth]:
+    """Of the pauses of undisturbed moves, ms; nothing if they are too few to say.
+
+    `machine`: what the same work took it before each of these moves, ms. A pause may be longer by as much as
+    the machine is slower, for others may be using it.
+    """
     if len(pauses) < _FEW:
-        return None
+        return []
+    before, after = quarters(machine, statistics.median)
     first, last = quarters(pauses, statistics.median)
-    return Growth("pause, ms", first, last, first * PAUSE_RATIO)
+    most = first * PAUSE_RATIO * max(1.0, after / before)
+    return [Growth("the machine, ms", before, after, None), Growth("pause, ms", first, last, most)]

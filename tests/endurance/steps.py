@@ -51,7 +51,7 @@ def _in_turn(chance: random.Random) -> Iterator[Kind]:
 
 
 def _step(number: int, kind: Kind, chance: random.Random) -> Step:
-    return Step(number, kind, replace(kind.draw(chance), name=f"{number}: {kind.name}"))
+    return Step(number, kind, replace(kind.draw(chance), name=f"{number}: {kind.name}", outcome=kind.outcome))
 
 
 # --- where ---

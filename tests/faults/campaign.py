@@ -20,7 +20,7 @@ from faults.fault import Case, Side
 from faults.hosts import Host
 from faults.referee import Referee
 from faults.subject import Subject
-from faults.verdict import Ended, Judge, Verdict
+from faults.verdict import Ended, Judge, Kind, Verdict
 
 COMMAND_WITHIN: Final = 100.0  # seconds
 SETTLED_WITHIN: Final = 15.0  # after the command, and the last fault, have ended
@@ -151,7 +151,7 @@ class Campaign:
     def _judge(self, verdict: Verdict, subject: Subject, sides: dict[Side, Host]) -> None:
         judge, began = Judge(subject, sides), time.monotonic()
         judge.wait(verdict, SETTLED_WITHIN)
-        if verdict.problems:
+        if verdict.problems and verdict.problems[0].kind is not Kind.OTHER:
             self._start_services()
             verdict.recovered = True
             judge.wait(verdict, CLEAN_WITHIN)

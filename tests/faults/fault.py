@@ -140,6 +140,7 @@ class Case:
     options: tuple[str, ...] = ()
     file_missing: bool = False  # the file that the process has open is not on the destination
     new_service: bool = False  # the service starts in this run: its faults are read then
+    outcome: str = ""  # what it has to come to (`Verdict.outcome`), with every fault; "": whatever
 
     @property
     def kills_process(self) -> bool:

@@ -29,6 +29,7 @@ class Kind(enum.StrEnum):
     UNTRUE = "untrue"  # the command said something else than what became of it
     ENDLESS = "endless"  # the command did not end
     LATE = "late"  # all is well, but only after somebody came who is needed for nothing here
+    OTHER = "other"  # the case was to come to something else
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Judge:
         """Fill in what is wrong in the end."""
         self._subject.ask()
         first(lambda: self._look(verdict), seconds)
+        if not verdict.problems:
+            verdict.problems += [Problem(Kind.OTHER, text) for text in _unexpected(verdict)]
 
     def blame_for_time(self, verdict: Verdict) -> None:
         """It was not as it should be at once: a problem, unless those are dead who see to that."""
@@ -177,3 +180,15 @@ class Judge:
                     continue
                 yield f"{host.name}: process {one}"
             yield from host.changes(without=("ssh connections",) if sshd else ())
+
+
+def _unexpected(verdict: Verdict) -> Iterator[str]:
+    """Where all is well, and yet not what the case was for."""
+    case, ended = verdict.case, verdict.ended
+    if not case.outcome:
+        return
+    if len(verdict.fired) != len(case.faults):
+        yield "what was to fail did not"
+    if verdict.outcome != case.outcome:
+        error = ended.report.get("error") or {}
+        yield f"{verdict.outcome} instead of {case.outcome}: {error.get('message', 'no error')}"

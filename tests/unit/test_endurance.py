@@ -115,10 +115,17 @@ def test_records_are_kept() -> None:
 
 def test_pauses_may_vary_but_not_drift() -> None:
     noisy = [20.0, 25.0, 18.0, 90.0] * 25
-    even, worse = growth.drift(noisy), growth.drift([20.0 + 0.3 * n for n in range(100)])
-    assert even is not None and not even.grown
-    assert worse is not None and worse.grown
-    assert growth.drift([1.0, 1.0, 1.0, 9.0]) is None
+    worse = [20.0 + 0.3 * n for n in range(100)]
+    assert [each.grown for each in growth.drift(noisy, [10.0] * 100)] == [False, False]
+    assert [each.grown for each in growth.drift(worse, [10.0] * 100)] == [False, True]
+    assert growth.drift([1.0, 1.0, 1.0, 9.0], [10.0] * 4) == []
+
+
+def test_a_slower_machine_is_no_drift_and_a_faster_one_no_excuse() -> None:
+    pauses, slower = [20.0] * 50 + [60.0] * 50, [10.0] * 50 + [25.0] * 50
+    assert not growth.drift(pauses, slower)[1].grown
+    assert growth.drift(pauses, [10.0] * 50 + [15.0] * 50)[1].grown
+    assert growth.drift([20.0] * 50 + [31.0] * 50, [10.0] * 50 + [5.0] * 50)[1].grown
 
 
 # --- what is said ---
@@ -135,6 +142,7 @@ def _done(number: int, kind: str, outcome: str, gap: float, *problems: str) -> D
         gap_ms=gap,
         wait_ms=gap + 1,
         pause_ms=gap - 1 if outcome == MOVED else None,
+        machine_ms=10.0,
         seconds=2.0,
         problems=problems,
     )

@@ -20,6 +20,9 @@ _SLOW: Final = ("--bandwidth", "100mbit")
 _FRAMES: Final = 16  # of pages, so many at least in a pre-copy
 _SENT_FROZEN: Final = ("Rebuild", "Descriptors", "Threads", "Complete")
 
+Draw: TypeAlias = Callable[[random.Random], Case]
+Where: TypeAlias = Callable[[random.Random], Point]
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -27,7 +30,7 @@ class Kind:
 
     name: str
     outcome: str  # as `faults.verdict.Verdict` has it
-    draw: Callable[[random.Random], Case]
+    draw: Draw
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,6 @@ def _verifying(_: random.Random) -> Point:
 
 
 # --- what ---
-
-Draw: TypeAlias = Callable[[random.Random], Case]
-Where: TypeAlias = Callable[[random.Random], Point]
 
 
 def _always(*options: str, file_missing: bool = False) -> Draw:

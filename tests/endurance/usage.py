@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from faults.hosts import Host
+from faults.hosts import OPEN_FILE, Host
 from faults.subject import Subject
 
 Sample = dict[str, float]
@@ -73,8 +73,9 @@ def _nesting(status: str) -> int:
 
 
 def _host(host: Host, subject: Subject) -> Counter[str]:
-    """Without the process itself, and what a move made to hold its number."""
-    picture, files = host.picture(), host.leavings()
+    """Without the process itself, its file, and what a move made to hold its number."""
+    picture = host.picture()
+    files = [name for name in host.leavings() if f"/{name}" != str(OPEN_FILE)]
     reports = [name for name in files if name.startswith(_REPORTS)]
     others = [one for one in host.processes() if one.pid != subject.pid and not subject.is_reaper(one)]
     return Counter(

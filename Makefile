@@ -59,10 +59,11 @@ faults: setup programs ## move a process to and fro, with a fault in each move (
 	PYTHONPATH=tests $(BIN)/python -m faults $(if $(RUNS),--runs $(RUNS)) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(MATRIX),--matrix) $(foreach name,$(ONLY),--only '$(name)')
 
-# make endurance MOVES=200 SEED=1 JSON=1
+# make endurance MOVES=200 SEED=1 JSON=1, PUBLISH=1: into docs/, too
 endurance: setup programs ## move a process 200 times, each second time with a failure: does anything grow? (as root)
 	PYTHONPATH=tests $(BIN)/python -m endurance --command "make endurance $(strip $(MAKEOVERRIDES))" \
-	    $(if $(MOVES),--moves $(MOVES)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json)
+	    $(if $(MOVES),--moves $(MOVES)) $(if $(SEED),--seed $(SEED)) $(if $(JSON),--json) \
+	    $(if $(PUBLISH),--publish)
 
 # make fuzz MINUTES=5 ONLY="stream message": what it finds, and the inputs that lead on, stay in build/fuzz
 fuzz: setup ## feed every decoder hostile input, 30 minutes in all: executions, crashes, peak allocation of each

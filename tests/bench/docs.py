@@ -9,7 +9,7 @@ from typing import Final
 
 from bench import aims, table
 from bench.machine import ROOT
-from bench.results import Run, load
+from bench.results import Ran, Run, load
 
 PAGE: Final = ROOT / "docs" / "performance.md"
 RUN: Final = ROOT / "docs" / "bench" / "lab.json"
@@ -24,6 +24,11 @@ def render(run: Run) -> str:
 
 
 def _about(run: Run) -> str:
+    return about(run) + "\n- figures: median (least..greatest) of the samples; the file has each of them"
+
+
+def about(run: Ran) -> str:
+    """What was run, when and where, as a list."""
     machine = run.machine
     changed = " with changes" if run.changed else ""
     return "\n".join(
@@ -32,17 +37,16 @@ def _about(run: Run) -> str:
             f"- date: {run.date}, commit {run.commit}{changed}; load average at the beginning: {run.load}",
             f"- machine: {machine.cores} cores of {machine.cpu}, {machine.memory / 2**30:.0f} GiB, Linux "
             f"{machine.kernel}, Python {machine.python}, {machine.openssh}; both hosts and the client on it",
-            "- figures: median (least..greatest) of the samples; the file has each of them",
         ]
     )
 
 
-def replaced(page: str, part: str) -> str:
+def replaced(page: str, part: str, begin: str = BEGIN, end: str = END) -> str:
     """`page` with `part` between its markers; ValueError if it has not exactly one pair."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
+    if page.count(begin) != 1 or page.count(end) != 1:
         raise ValueError("the page needs one pair of markers")
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + part + END + rest.split(END)[1]
+    before, rest = page.split(begin)
+    return before + begin + part + end + rest.split(end)[1]
 
 
 def current(page: Path = PAGE, run: Path = RUN) -> bool:

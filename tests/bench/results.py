@@ -91,8 +91,9 @@ class Limit(msgspec.Struct, frozen=True, kw_only=True):
     how: str = ""
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    format: int = FORMAT
+class Ran(msgspec.Struct, frozen=True, kw_only=True):
+    """What was run, when and where."""
+
     command: str
     date: str  # UTC
     commit: str
@@ -100,6 +101,10 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     load: float  # what else ran when it began: the load average of a minute
     machine: Machine
+
+
+class Run(Ran, frozen=True, kw_only=True):
+    format: int = FORMAT
     limits: tuple[Limit, ...]
     cases: tuple[Case, ...]
 

@@ -11,5 +11,5 @@ MOVES = "8"
 
 def test_a_few_moves_and_failures(tmp_path: Path) -> None:
     found = cli.run(cli.parse(["--moves", MOVES, "--output", str(tmp_path)]))
-    assert not found.problems, cli.show(found, markdown=False)
+    assert not found.problems, cli.show(found)
     assert [one.fails for one in found.done] == [False, True] * 4

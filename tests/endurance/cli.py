@@ -23,7 +23,7 @@ from faults import evidence
 from faults.campaign import Campaign
 from programs.status import build
 
-from endurance import tables
+from endurance import docs, tables
 from endurance.series import Run, Series
 from endurance.steps import steps
 
@@ -37,7 +37,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--moves", type=int, default=MOVES, metavar="N", help=f"default {MOVES}")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="what fails, and where")
     parser.add_argument("--json", action="store_true", help="the whole run on standard output, no tables")
-    parser.add_argument("--markdown", action="store_true", help="tables as the documentation has them")
+    parser.add_argument("--publish", action="store_true", help="put a run without problems into docs/, too")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="the run, and evidence")
     parser.add_argument(
         "--command", default=shlex.join(["endurance", *arguments]), help="what to call this run"
@@ -72,9 +72,8 @@ def run(options: argparse.Namespace) -> Run:
     )
 
 
-def show(found: Run, markdown: bool) -> str:
-    render = table.markdown if markdown else table.text
-    parts = [render(tables.costs(found)), render(tables.growth(found))]
+def show(found: Run) -> str:
+    parts = [table.text(tables.costs(found)), table.text(tables.growth(found))]
     said = [f"PROBLEM {text}" for text in found.problems] or ["nothing grows, every step ended as it must"]
     head = f"{len(found.done)} steps in {found.seconds / 60:.0f} minutes, seed {found.seed}"
     return "\n\n".join([*parts, "\n".join([head, *said])])
@@ -89,5 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     text = msgspec.json.format(msgspec.json.encode(found))
     (options.output / "endurance.json").write_bytes(text)
-    print(text.decode() if options.json else show(found, options.markdown))
+    print(text.decode() if options.json else show(found))
+    if options.publish and not found.problems:
+        docs.publish(found)
     return int(bool(found.problems))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 import msgspec
-from bench.results import Machine
+from bench.results import Ran
 from faults import evidence
 from faults.campaign import Campaign
 from faults.hosts import first
@@ -40,16 +40,9 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...]
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    command: str
-    date: str
-    commit: str
-    changed: bool
-    machine: Machine
-    load: float
+class Run(Ran, frozen=True, kw_only=True):
     seed: int
     steps: int  # that were asked for
-    seconds: float
     idle_ms: tuple[float, ...]  # longest gaps while nothing is done
     done: tuple[Done, ...]
     samples: tuple[usage.Sample, ...]  # one after each step

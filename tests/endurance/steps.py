@@ -17,6 +17,8 @@ FREEZE_TIMEOUT: Final = 0.5  # seconds
 _HELD: Final = 3 * FREEZE_TIMEOUT
 # Pre-copy takes so long that what comes in it is never too late.
 _SLOW: Final = ("--bandwidth", "100mbit")
+# A destination that waits for its source to come back, and is not told that it will not, waits no longer.
+_BRIEF: Final = (*_SLOW, "--reconnect", "5s")
 _FRAMES: Final = 16  # of pages, so many at least in a pre-copy
 _SENT_FROZEN: Final = ("Rebuild", "Descriptors", "Threads", "Complete")
 
@@ -120,8 +122,8 @@ FAILURES: Final = (
     Kind("refused by the source", REFUSED, _always("--address", "none")),
     Kind("refused by the destination", REFUSED, _always(file_missing=True)),
     Kind("aborted in pre-copy", STAYED, _once(_in_precopy, _INTERRUPT, *_SLOW)),
-    Kind("source's engine killed in pre-copy", STAYED, _once(_in_precopy, _ENGINE, *_SLOW)),
-    Kind("source's front killed in pre-copy", STAYED, _once(_in_precopy, _FRONT, *_SLOW)),
+    Kind("source's engine killed in pre-copy", STAYED, _once(_in_precopy, _ENGINE, *_BRIEF)),
+    Kind("source's front killed in pre-copy", STAYED, _once(_in_precopy, _FRONT, *_BRIEF)),
     Kind("destination's agent killed in pre-copy", STAYED, _once(_arriving, _AGENT, *_SLOW)),
     Kind(
         "link broken for good in pre-copy", STAYED, _once(_in_precopy, _SESSION, "--reconnect", "0s", *_SLOW)

@@ -8,9 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from bench.results import Machine
-from endurance import cli, growth, tables, usage
+from endurance import cli, docs, growth, tables, usage
 from endurance.series import Done, Run
 from endurance.steps import FAILURES, MOVED, STAYED, SUCCESS, steps
 from faults.fault import Point
@@ -173,10 +174,24 @@ def test_the_costs_of_each_kind() -> None:
         "none": ["1", "", "2.00", "2.00", "", ""],
         aborted: ["3", STAYED, "5.00", "40.0", "6.00", "41.0"],
     }
-    assert not found.problems and "PROBLEM" not in cli.show(found, markdown=True)
+    assert not found.problems and "PROBLEM" not in cli.show(found)
 
 
 def test_what_went_wrong_is_said() -> None:
     found = _run(_done(1, SUCCESS.name, MOVED, 20.0, "copies: none at all"), count=3)
     assert found.problems == ["step 1, move: copies: none at all", "1 of 3 steps were made"]
-    assert "PROBLEM 1 of 3" in cli.show(found, markdown=False)
+    assert "PROBLEM 1 of 3" in cli.show(found)
+
+
+def test_the_page_is_what_the_run_gives() -> None:
+    page = docs.docs.PAGE.read_text()
+    assert page == docs.replaced(page, docs.load()), "run: make endurance PUBLISH=1"
+
+
+def test_a_run_comes_back_from_its_file_with_its_tables(tmp_path: Path) -> None:
+    found = _run(_done(1, SUCCESS.name, MOVED, 20.0))
+    path = tmp_path / "run.json"
+    path.write_bytes(msgspec.json.encode(found))
+    assert docs.load(path) == found
+    page = docs.replaced(f"by hand\n{docs.BEGIN}old\n{docs.END}too\n", found)
+    assert page.startswith("by hand\n") and page.endswith("too\n") and "| move | 1 |" in page

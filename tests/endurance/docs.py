@@ -7,11 +7,12 @@ from typing import Final
 
 import msgspec
 from bench import docs, table
+from bench.machine import ROOT
 
 from endurance import tables
 from endurance.series import Run
 
-RUN: Final = docs.ROOT / "docs" / "bench" / "endurance.json"
+RUN: Final = ROOT / "docs" / "bench" / "endurance.json"
 BEGIN: Final = "<!-- begin: from docs/bench/endurance.json by `make endurance PUBLISH=1` -->\n"
 END: Final = "<!-- end of endurance -->\n"
 

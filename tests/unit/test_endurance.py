@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from bench.docs import PAGE
 from bench.results import Machine
 from endurance import cli, docs, growth, tables, usage
 from endurance.series import Done, Run
@@ -184,7 +185,7 @@ def test_what_went_wrong_is_said() -> None:
 
 
 def test_the_page_is_what_the_run_gives() -> None:
-    page = docs.docs.PAGE.read_text()
+    page = PAGE.read_text()
     assert page == docs.replaced(page, docs.load()), "run: make endurance PUBLISH=1"
 
 

@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
@@ -34,6 +34,7 @@ from agent.settle import Verdict
 from agent.states import Recovering, recovered
 from agent.tracee import InjectedCallFailed
 from transport.link_errors import PASSING, LinkError
+from transport.process import ProcessEnd
 
 Live = Literal["source", "destination"]
 CALL_OFF_TIMEOUT: Final = 4.0  # seconds that a destination is sought for that; one that is found may be slow
@@ -51,6 +52,14 @@ class Recovery(msgspec.Struct, frozen=True):
 
     outcome: Outcome | None
     message: str
+
+
+class Asked(NamedTuple):
+    """The destination's word; what tells it that nobody will ask again; the end of whoever said it."""
+
+    verdict: Verdict
+    settled: Callable[[], None]
+    ended: asyncio.Future[ProcessEnd]
 
 
 def recover(migration: str, live: Live | None = None) -> Recovery:
@@ -75,15 +84,20 @@ def recover(migration: str, live: Live | None = None) -> Recovery:
 
 
 async def _by_destination(entry: Entry[Departure]) -> Recovery:
-    name = entry.content.destination
-    content = entry.content
+    name, content = entry.content.destination, entry.content
+    done: Recovery | None = None
     try:
-        async with _verdict(name, content.ssh, entry.migration, content.boot) as (verdict, settled):
-            done = _act(entry, recovered(entry.state, verdict.state), f"{name}: {verdict.evidence}")
+        async with _verdict(name, content.ssh, entry.migration, content.boot) as asked:
+            why = f"{name}: {asked.verdict.evidence}"
+            done = _act(entry, recovered(entry.state, asked.verdict.state), why, keep=True)
             if done.outcome is not Outcome.IN_DOUBT:
-                settled()
-            return done
+                asked.settled()
+        if done.outcome is Outcome.MIGRATED and asked.ended.result().clean:
+            entry.remove()  # it has heard that nobody will ask again; else it is told another time
+        return done
     except (LinkError, TimeoutError, EOFError) as error:
+        if done is not None:
+            return done
         keep = entry.age() < REMEMBERED  # it keeps its journal until it is told that nobody will ask
         return _act(entry, recovered(entry.state, "unknown"), f"{name} cannot be asked: {error}", keep)
 
@@ -116,9 +130,9 @@ async def _call_off(destination: str, options: SshOptions, migration: str) -> No
 async def _told(destination: str, options: SshOptions, migration: str, reach_by: float) -> bool:
     """Whether the destination could be. LinkError, TimeoutError, EOFError: nor can it be in a moment."""
     try:
-        async with _verdict(destination, options, migration, "", reach_by) as (verdict, settled):
-            if verdict.state == "void":
-                settled()
+        async with _verdict(destination, options, migration, "", reach_by) as asked:
+            if asked.verdict.state == "void":
+                asked.settled()
     except PASSING:
         return False
     return True
@@ -127,10 +141,8 @@ async def _told(destination: str, options: SshOptions, migration: str, reach_by:
 @contextlib.asynccontextmanager
 async def _verdict(
     destination: str, options: SshOptions, migration: str, boot: str, reach_by: float | None = None
-) -> AsyncIterator[tuple[Verdict, Callable[[], None]]]:
-    """The destination's word, and what tells it that nobody will ask again. LinkError, TimeoutError,
-    EOFError. `reach_by` is the loop's time.
-    """
+) -> AsyncIterator[Asked]:
+    """LinkError, TimeoutError, EOFError. `reach_by` is the loop's time."""
     from transport import ssh
     from transport.target import parse_host
 
@@ -148,7 +160,7 @@ async def _verdict(
             line = await _line(reader)
             if not line:
                 raise EOFError(f"its agent does not settle it: {said[-1] or 'no answer'}")
-            yield verdict_of(line), lambda: writer.write(b"done\n")
+            yield Asked(verdict_of(line), lambda: writer.write(b"done\n"), bridge.ended)
             writer.write_eof()
             await bridge.ended
         finally:
@@ -199,6 +211,8 @@ def _bury(entry: Entry[Departure], why: str, keep: bool) -> Recovery:
         time.sleep(0.01)
     if not keep:
         entry.remove()
+    elif entry.state is not states.Departure.LIVE:
+        entry.to(states.Departure.LIVE)
     return Recovery(Outcome.MIGRATED, f"{why}; the copy here is gone")
 
 

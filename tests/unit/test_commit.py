@@ -4,6 +4,7 @@ step.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -25,6 +26,7 @@ from agent.journal import Arrival, Departure, Entry
 from agent.kernel import procfs
 from agent.link import Link
 from agent.network import DestinationNetwork
+from transport.process import ProcessEnd
 
 COUNTS = r"""
 #include <stdio.h>
@@ -104,9 +106,11 @@ def test_the_steps_are_those_that_were_explored(
 @contextlib.asynccontextmanager
 async def ask_here(
     _: str, options: SshOptions, migration: str, boot: str
-) -> AsyncIterator[tuple[settle.Verdict, Callable[[], None]]]:
+) -> AsyncIterator[recovery.Asked]:
     """The destination is on this host."""
-    yield settle.settle(migration, boot), lambda: settle.forget(migration)
+    ended: asyncio.Future[ProcessEnd] = asyncio.get_running_loop().create_future()
+    ended.set_result(ProcessEnd(host="here", status=0))
+    yield recovery.Asked(settle.settle(migration, boot), lambda: settle.forget(migration), ended)
 
 
 def moved(program: Program, directory: Path, **options: Any) -> tuple[str, Report]:

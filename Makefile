@@ -34,7 +34,7 @@ programs: provision ## build the programs that tests move
 	$(MAKE) --no-print-directory -C tests/programs
 
 test-unit: setup programs ## test the parts, quick
-	$(PYTEST) -n 2 --dist loadfile tests/unit
+	$(PYTEST) tests/unit
 
 test-model: setup ## explore all that can come of a commit
 	$(PYTEST) tests/model

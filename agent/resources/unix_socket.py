@@ -6,6 +6,7 @@ What was sent over a pair and not yet read moves along. Ends are told apart by t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -255,14 +256,21 @@ def _option(sock: socket.socket, number: int, size: int) -> bytes:
 def compare(service: str) -> Blocker | None:
     """What stands in the way of being a client of the service of that path here."""
     try:
-        found = os.stat(service)
+        os.close(_look_at(service))
+        return None
     except OSError as error:
         why = error.strerror or str(error)
-    else:
-        if stat.S_ISSOCK(found.st_mode) and found.st_mode & 0o002:
-            return None
-        why = "it is not a socket that anybody may send to"
     return Blocker(kind="unix-service", what=service, why=f"on the destination: {why}", hint="start it there")
+
+
+def _look_at(service: str) -> int:
+    """An O_PATH descriptor of the socket of that path. OSError if there is none that anybody may send to."""
+    looked = os.open(service, os.O_PATH | os.O_CLOEXEC)
+    mode = os.fstat(looked).st_mode
+    if stat.S_ISSOCK(mode) and mode & 0o002:
+        return looked
+    os.close(looked)
+    raise PermissionError(errno.EACCES, "it is not a socket that anybody may send to", service)
 
 
 def rebuild(state: State, context: Rebuilding) -> int:
@@ -280,12 +288,21 @@ def rebuild(state: State, context: Rebuilding) -> int:
 
 
 def _client(state: State, context: Rebuilding) -> int:
-    """We are root: only to what anybody may send to."""
+    """We are root: only to what anybody may send to, and that is the socket looked at, not what the path is
+    later.
+    """
     if state.service not in context.services:
         raise not_agreed(f"the service {state.service}")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.connect(state.service)
-        return sock.detach()
+    try:
+        looked = _look_at(state.service)
+    except OSError as error:
+        raise Refusal("unix-service", f"{state.service}: {error.strerror}") from error
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(f"/proc/self/fd/{looked}")
+            return sock.detach()
+    finally:
+        os.close(looked)
 
 
 def _end_of_pair(state: State, context: Rebuilding) -> int:

@@ -243,6 +243,10 @@ def test_a_client_of_a_service(make: Make, service: socket.socket) -> None:
     with pytest.raises(Refusal, match="not part of what was agreed"):
         kinds.rebuild(captured, case.context)
     case.context.services = frozenset({path})
+    os.chmod(path, 0o600)  # since the offer
+    with pytest.raises(Refusal, match="anybody may send to"):
+        kinds.rebuild(captured, case.context)
+    os.chmod(path, 0o666)
     (made,) = case.rebuild(captured)
     os.write(made, b"a line of a log")
     assert service.recv(100) == b"a line of a log"

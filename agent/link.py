@@ -115,24 +115,26 @@ class Link:
 
     def receive(self) -> Message | Pages:
         """The next message, or frame of pages."""
-        while True:
-            if self._inbox:
-                return self._inbox.popleft()
-            try:
-                return self._take()
-            except LinkClosed as error:
-                self._resume(error)
+        while (message := self._next()) is None:
+            pass
+        return message
 
     def heard(self) -> Message | Pages | None:
         """What the other end says unasked; None if nothing has come."""
         while self.readable():
-            if self._inbox:
-                return self._inbox.popleft()
-            try:
-                return self._take()
-            except LinkClosed as error:
-                self._resume(error)
+            if (message := self._next()) is not None:
+                return message
         return None
+
+    def _next(self) -> Message | Pages | None:
+        """None if the link broke and goes on over another connection."""
+        if self._inbox:
+            return self._inbox.popleft()
+        try:
+            return self._take()
+        except LinkClosed as error:
+            self._resume(error)
+            return None
 
     def expect(self, kind: type[M], deadline: float | None = None) -> M:
         """The next message, which must be a `kind`; PeerFailed if the other end gave up instead.
